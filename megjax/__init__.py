@@ -1,0 +1,3 @@
+"""MegJAX: Mobile Edge Generation in JAX."""
+
+__version__ = "0.1.0"
