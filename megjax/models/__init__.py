@@ -1,0 +1,27 @@
+"""SDXL's networks: Flax NNX inside, pure functions of parameter trees outside."""
+
+from megjax.models.attention import TokenMerge, attention
+from megjax.models.clip import clip_text
+from megjax.models.configs import CLIPTextConfig, UNetConfig, VAEConfig, from_dict, read, to_dict
+from megjax.models.network import Network, Options, Params
+from megjax.models.unet import time_ids, unet
+from megjax.models.vae import vae_decoder, vae_encoder
+
+__all__ = [
+    "CLIPTextConfig",
+    "Network",
+    "Options",
+    "Params",
+    "TokenMerge",
+    "UNetConfig",
+    "VAEConfig",
+    "attention",
+    "clip_text",
+    "from_dict",
+    "read",
+    "time_ids",
+    "to_dict",
+    "unet",
+    "vae_decoder",
+    "vae_encoder",
+]

@@ -1,0 +1,226 @@
+"""Model configurations, read from the `config.json` files of the diffusers/transformers layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megjax.errors import MegError, WeightsError
+
+Config = TypeVar("Config")
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """`UNet2DConditionModel` with SDXL's text-time conditioning; field names are diffusers'."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    sample_size: int = 128
+    block_out_channels: tuple[int, ...] = (320, 640, 1280)
+    down_block_types: tuple[str, ...] = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
+    up_block_types: tuple[str, ...] = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+    layers_per_block: int = 2
+    transformer_layers_per_block: tuple[int, ...] = (1, 2, 10)
+    # diffusers' misnomer: the number of heads of each block, not their size.
+    attention_head_dim: tuple[int, ...] = (5, 10, 20)
+    cross_attention_dim: int = 2048
+    addition_time_embed_dim: int = 256
+    projection_class_embeddings_input_dim: int = 2816
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    use_linear_projection: bool = True
+
+    CLASS_NAMES = ("UNet2DConditionModel", "FlaxUNet2DConditionModel")
+    ONLY = {
+        "act_fn": "silu",
+        "addition_embed_type": "text_time",
+        "center_input_sample": False,
+        "class_embed_type": None,
+        "conv_in_kernel": 3,
+        "conv_out_kernel": 3,
+        "downsample_padding": 1,
+        "dual_cross_attention": False,
+        "encoder_hid_dim": None,
+        "encoder_hid_dim_type": None,
+        "mid_block_scale_factor": 1,
+        "num_attention_heads": None,
+        "num_class_embeds": None,
+        "only_cross_attention": False,
+        "resnet_time_scale_shift": "default",
+        "time_cond_proj_dim": None,
+        "time_embedding_type": "positional",
+    }
+
+    def __post_init__(self) -> None:
+        blocks = len(self.block_out_channels)
+        for name in ("transformer_layers_per_block", "attention_head_dim"):
+            value = getattr(self, name)
+            if isinstance(value, int):
+                object.__setattr__(self, name, (value,) * blocks)
+        for name in (
+            "down_block_types",
+            "up_block_types",
+            "transformer_layers_per_block",
+            "attention_head_dim",
+        ):
+            if len(getattr(self, name)) != blocks:
+                raise MegError(
+                    f"UNetConfig: {name} has {len(getattr(self, name))} entries, block_out_channels has {blocks}; "
+                    "give one entry a block"
+                )
+        _one_of("down_block_types", self.down_block_types, ("DownBlock2D", "CrossAttnDownBlock2D"))
+        _one_of("up_block_types", self.up_block_types, ("UpBlock2D", "CrossAttnUpBlock2D"))
+        for channels, heads in zip(self.block_out_channels, self.attention_head_dim, strict=True):
+            if channels % self.norm_num_groups or channels % heads:
+                raise MegError(
+                    f"UNetConfig: block_out_channels {channels} must be a multiple of norm_num_groups "
+                    f"{self.norm_num_groups} and of its attention_head_dim (heads) {heads}"
+                )
+
+    @property
+    def pooled_dim(self) -> int:
+        """Width of the pooled text embedding: what the six size embeddings leave of the added embedding."""
+        return self.projection_class_embeddings_input_dim - 6 * self.addition_time_embed_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """`AutoencoderKL`; field names are diffusers'."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    sample_size: int = 1024
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.13025
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    mid_block_add_attention: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+
+    CLASS_NAMES = ("AutoencoderKL", "FlaxAutoencoderKL")
+    ONLY = {"act_fn": "silu", "shift_factor": None}
+
+    def __post_init__(self) -> None:
+        for name in ("latents_mean", "latents_std"):
+            value = getattr(self, name)
+            if value is not None and len(value) != self.latent_channels:
+                raise MegError(
+                    f"VAEConfig: {name} has {len(value)} entries, latent_channels is {self.latent_channels}"
+                )
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise MegError(
+                    f"VAEConfig: block_out_channels {channels} is no multiple of norm_num_groups {self.norm_num_groups}"
+                )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a side for one latent pixel: 8 for SDXL."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig:
+    """`CLIPTextModel` and `CLIPTextModelWithProjection`; field names are transformers'."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int = 768
+    eos_token_id: int = 2
+    with_projection: bool = False
+
+    CLASS_NAMES = (
+        "CLIPTextModel",
+        "FlaxCLIPTextModel",
+        "CLIPTextModelWithProjection",
+        "FlaxCLIPTextModelWithProjection",
+    )
+    ONLY = {}
+
+    def __post_init__(self) -> None:
+        _one_of("hidden_act", (self.hidden_act,), ("quick_gelu", "gelu"))
+        if self.num_hidden_layers < 2:
+            raise MegError(
+                f"CLIPTextConfig: num_hidden_layers {self.num_hidden_layers}; at least 2 are needed, since the U-Net "
+                "is conditioned on the last layer but one"
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise MegError(
+                f"CLIPTextConfig: hidden_size {self.hidden_size} is no multiple of num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+
+
+def _one_of(name: str, values: tuple[Any, ...], allowed: tuple[Any, ...]) -> None:
+    for value in values:
+        if value not in allowed:
+            raise MegError(f"{name}: {value!r} is not supported; allowed: {', '.join(map(str, allowed))}")
+
+
+def from_dict(cls: type[Config], raw: Mapping[str, Any], *, origin: str = "config.json") -> Config:
+    """Build a configuration from a parsed `config.json`, ignoring fields that change nothing here.
+
+    Raises `WeightsError` for another model's class and for a value that this implementation does not have: what it
+    cannot compute exactly it does not load.
+    """
+    names = raw.get("architectures") or [raw.get("_class_name")]
+    if not any(name in cls.CLASS_NAMES for name in names):  # type: ignore[attr-defined]
+        raise WeightsError(
+            f"{origin}: class {', '.join(map(str, names))}; expected one of {', '.join(cls.CLASS_NAMES)}"  # type: ignore[attr-defined]
+        )
+    for name, value in cls.ONLY.items():  # type: ignore[attr-defined]
+        if raw.get(name, value) != value:
+            raise WeightsError(f"{origin}: {name} = {raw[name]!r} is not supported; only {value!r} is")
+    fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in fields}
+    if cls is CLIPTextConfig:
+        kwargs["with_projection"] = any(str(name).endswith("WithProjection") for name in names)
+    try:
+        return cls(**kwargs)
+    except (MegError, TypeError) as error:
+        raise WeightsError(f"{origin}: {error}") from None
+
+
+def to_dict(config: UNetConfig | VAEConfig | CLIPTextConfig) -> dict[str, Any]:
+    """Return what `config.json` holds for this configuration; PyTorch diffusers and transformers load it."""
+    raw = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    if isinstance(config, CLIPTextConfig):
+        projected = raw.pop("with_projection")
+        name = "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
+        return {"architectures": [name], "model_type": "clip_text_model", **raw}
+    if isinstance(config, VAEConfig):
+        blocks = len(config.block_out_channels)
+        raw |= {
+            "down_block_types": ["DownEncoderBlock2D"] * blocks,
+            "up_block_types": ["UpDecoderBlock2D"] * blocks,
+        }
+    supported = {k: v for k, v in config.ONLY.items() if v is not None}
+    return {"_class_name": config.CLASS_NAMES[0], **raw, **supported}
+
+
+def read(cls: type[Config], path: str | Path) -> Config:
+    """Read one component's `config.json`; raises `WeightsError` if it is missing, no JSON or another class."""
+    path = Path(path)
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise WeightsError(f"{path}: no such file; a model folder has one config.json a component") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WeightsError(f"{path}: not valid JSON ({error})") from None
+    return from_dict(cls, raw, origin=str(path))

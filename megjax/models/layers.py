@@ -1,0 +1,201 @@
+"""Layers shared by the U-Net, the VAE and the text encoders, with PyTorch's numerics. Images are NHWC."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from megjax.models.network import Options
+
+
+def linear(d_in: int, d_out: int, options: Options, *, rngs: nnx.Rngs, bias: bool = True) -> nnx.Linear:
+    """A dense layer in the options' dtypes."""
+    return nnx.Linear(
+        d_in, d_out, use_bias=bias, dtype=options.dtype, param_dtype=options.param_dtype, rngs=rngs
+    )
+
+
+def conv(
+    c_in: int,
+    c_out: int,
+    kernel: int,
+    options: Options,
+    *,
+    rngs: nnx.Rngs,
+    stride: int = 1,
+    padding: Any = None,
+) -> nnx.Conv:
+    """A square 2-D convolution, padded on both sides by half its kernel unless told otherwise."""
+    return nnx.Conv(
+        c_in,
+        c_out,
+        (kernel, kernel),
+        strides=stride,
+        padding=((kernel // 2, kernel // 2),) * 2 if padding is None else padding,
+        dtype=options.dtype,
+        param_dtype=options.param_dtype,
+        rngs=rngs,
+    )
+
+
+def layer_norm(dim: int, eps: float, options: Options, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Layer normalisation; statistics in float32."""
+    return nnx.LayerNorm(
+        dim,
+        epsilon=eps,
+        dtype=options.dtype,
+        param_dtype=options.param_dtype,
+        use_fast_variance=False,
+        rngs=rngs,
+    )
+
+
+def group_norm(channels: int, groups: int, eps: float, options: Options, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    """Group normalisation; statistics in float32."""
+    return nnx.GroupNorm(
+        channels,
+        num_groups=groups,
+        epsilon=eps,
+        dtype=options.dtype,
+        param_dtype=options.param_dtype,
+        rngs=rngs,
+    )
+
+
+def stack(depth: int, make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
+    """`depth` equal modules as one, every parameter with a leading depth axis: they compile once, see `scan`."""
+
+    @nnx.split_rngs(splits=depth)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make_all(rngs: nnx.Rngs) -> nnx.Module:
+        return make(rngs)
+
+    return make_all(rngs)
+
+
+def scan(
+    stacked: nnx.Module,
+    step: Callable[..., Array],
+    x: Array,
+    *args: Any,
+    remat: bool = False,
+    layers: slice = slice(None),
+) -> Array:
+    """Run x through the stacked modules in turn: `x = step(module_i, x, *args)`."""
+    graphdef, params = nnx.split(stacked)
+    if layers != slice(None):
+        params = jax.tree.map(lambda p: p[layers], params)
+
+    def body(x: Array, layer: Any) -> tuple[Array, None]:
+        return step(nnx.merge(graphdef, layer), x, *args), None
+
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, params)[0]
+
+
+def gelu(x: Array) -> Array:
+    """The exact, erf-based GELU of PyTorch; Flax diffusers' is the tanh approximation."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def quick_gelu(x: Array) -> Array:
+    """CLIP's GELU: x sigmoid(1.702 x)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def sinusoidal(
+    t_B: Float[Array, ...] | Int[Array, ...],
+    dim: int,
+    *,
+    flip_sin_to_cos: bool = True,
+    freq_shift: int = 0,
+) -> Float[Array, "... dim"]:
+    """Sinusoidal embedding of timesteps or sizes, in float32: bfloat16 would round 999 to 1000.
+
+    Args:
+        t_B: timesteps in [0, 1000], or sizes in pixels.
+        dim: width of the embedding; even.
+        flip_sin_to_cos: cosines first.
+        freq_shift: subtracted from dim / 2 in the exponent's denominator.
+    """
+    half = dim // 2
+    exponent = -math.log(10_000) / (half - freq_shift) * jnp.arange(half, dtype=jnp.float32)
+    angle = jnp.asarray(t_B, jnp.float32)[..., None] * jnp.exp(exponent).reshape(
+        (1,) * jnp.ndim(t_B) + (half,)
+    )
+    first, second = (jnp.cos, jnp.sin) if flip_sin_to_cos else (jnp.sin, jnp.cos)
+    return jnp.concatenate([first(angle), second(angle)], axis=-1)
+
+
+class TimestepEmbedding(nnx.Module):
+    """Two dense layers with SiLU between them."""
+
+    def __init__(self, d_in: int, d_out: int, options: Options, *, rngs: nnx.Rngs):
+        self.linear_1 = linear(d_in, d_out, options, rngs=rngs)
+        self.linear_2 = linear(d_out, d_out, options, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B E"]:
+        return self.linear_2(nnx.silu(self.linear_1(x)))
+
+
+class ResnetBlock(nnx.Module):
+    """GroupNorm, SiLU, 3 x 3 convolution, twice; the time embedding is added between; plus a shortcut."""
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        options: Options,
+        *,
+        groups: int,
+        eps: float,
+        time_dim: int | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.norm1 = group_norm(c_in, groups, eps, options, rngs=rngs)
+        self.conv1 = conv(c_in, c_out, 3, options, rngs=rngs)
+        if time_dim is not None:
+            self.time_emb_proj = linear(time_dim, c_out, options, rngs=rngs)
+        self.norm2 = group_norm(c_out, groups, eps, options, rngs=rngs)
+        self.conv2 = conv(c_out, c_out, 3, options, rngs=rngs)
+        if c_in != c_out:
+            self.conv_shortcut = conv(c_in, c_out, 1, options, rngs=rngs)
+
+    def __call__(self, x_BxHxWxC: Array, emb_BxE: Array | None = None) -> Array:
+        h = self.conv1(nnx.silu(self.norm1(x_BxHxWxC)))
+        if emb_BxE is not None:
+            h = h + self.time_emb_proj(nnx.silu(emb_BxE))[:, None, None, :]
+        h = self.conv2(nnx.silu(self.norm2(h)))
+        shortcut = self.conv_shortcut(x_BxHxWxC) if hasattr(self, "conv_shortcut") else x_BxHxWxC
+        return shortcut + h
+
+
+class Downsample(nnx.Module):
+    """Halves the picture by a strided convolution. The VAE pads below and to the right only, as its weights expect."""
+
+    def __init__(self, channels: int, options: Options, *, asymmetric: bool = False, rngs: nnx.Rngs):
+        padding = ((0, 1), (0, 1)) if asymmetric else None
+        self.conv = conv(channels, channels, 3, options, stride=2, padding=padding, rngs=rngs)
+
+    def __call__(self, x_BxHxWxC: Array) -> Array:
+        return self.conv(x_BxHxWxC)
+
+
+class Upsample(nnx.Module):
+    """Doubles the picture by nearest neighbour, then convolves; `size` crops what an odd skip connection lacks."""
+
+    def __init__(self, channels: int, options: Options, *, rngs: nnx.Rngs):
+        self.conv = conv(channels, channels, 3, options, rngs=rngs)
+
+    def __call__(self, x_BxHxWxC: Array, size: tuple[int, int] | None = None) -> Array:
+        B, H, W, C = x_BxHxWxC.shape
+        rows, cols = size or (2 * H, 2 * W)
+        x = jnp.broadcast_to(x_BxHxWxC[:, :, None, :, None, :], (B, H, 2, W, 2, C)).reshape(
+            B, 2 * H, 2 * W, C
+        )
+        return self.conv(x[:, :rows, :cols])

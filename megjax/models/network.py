@@ -1,0 +1,84 @@
+"""A Flax NNX module as a pure function of its parameter tree: the border beyond which nobody sees NNX."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Key
+
+Params = dict[str, Any]
+"""Nested dict of arrays. Repeated transformer blocks are stacked on a leading depth axis."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a network computes; what it computes is its config.
+
+    Args:
+        dtype: of activations; norms, softmax and timestep embeddings stay in float32.
+        param_dtype: of the parameters that `init` makes.
+        remat: recompute each block's activations in the backward pass.
+        attention: `xla`, or `cudnn` (NVIDIA GPUs, bfloat16/float16).
+    """
+
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: bool = False
+    attention: str = "xla"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, so that `jax.jit` takes it as a function
+class Network:
+    """A module's graph and its parameters' shapes. Teacher, student and EMA share one.
+
+    Args:
+        config: the frozen configuration that the module was built from.
+        graphdef: the NNX graph without arrays.
+        shapes: the parameter tree of `jax.ShapeDtypeStruct`.
+        make: builds the module, given its `rngs`.
+    """
+
+    config: Any
+    graphdef: Any
+    shapes: Params
+    make: Callable[..., nnx.Module] = dataclasses.field(repr=False)
+
+    def init(self, key: Key[Array, ""]) -> Params:
+        """Random parameters, as the layers' initialisers draw them."""
+        return jax.jit(lambda key: _params(self.make(rngs=nnx.Rngs(key))))(key)
+
+    def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
+        """The module's output for these parameters."""
+        return nnx.merge(self.graphdef, _with_int_keys(params))(*args, **kwargs)
+
+
+def network(module: type[nnx.Module], config: Any, options: Options, **kwargs: Any) -> Network:
+    """Describe `module(config, options)` without allocating a parameter."""
+
+    def make(rngs: nnx.Rngs) -> nnx.Module:
+        return module(config, options, rngs=rngs, **kwargs)
+
+    # A key is an argument, so that not even the random bits are computed.
+    abstract = nnx.eval_shape(lambda key: make(nnx.Rngs(key)), jax.eval_shape(lambda: jax.random.key(0)))
+    graphdef, _ = nnx.split(abstract)
+    return Network(config, graphdef, _params(abstract), make)
+
+
+def _params(module: nnx.Module) -> Params:
+    return _with_str_keys(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+
+
+def _with_str_keys(tree: Any) -> Any:
+    return {str(k): _with_str_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+
+def _with_int_keys(tree: Any) -> Any:
+    # NNX keeps a list's items under integers, file formats (and people) want strings.
+    if not isinstance(tree, dict):
+        return tree
+    return {int(k) if k.isdigit() else k: _with_int_keys(v) for k, v in tree.items()}
