@@ -1,0 +1,141 @@
+"""The downlink: path loss, shadowing, block fading, its correlation in time, and Shannon's rate (spec section 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Complex, Float, PRNGKeyArray, Shaped
+
+Fading: TypeAlias = Literal["none", "rayleigh", "rician"]
+"""Small-scale fading: none is |h|^2 = 1 (the authors'), Rayleigh |h|^2 ~ Exp(1), Rician has a line of sight."""
+
+Real: TypeAlias = float | int | Shaped[Array, "..."]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=(
+        "bandwidth_hz tx_power_dbm noise_power_dbm min_distance_m max_distance_m path_loss_intercept_db "
+        "path_loss_slope_db shadowing_std_db rician_k_db snr_gap_db doppler_hz frame_s"
+    ).split(),
+    meta_fields=["fading"],
+)
+@dataclass(frozen=True)
+class LinkParams:
+    """The link's parameters (spec section 2's table). Every number is a leaf, so it may be traced or vmapped."""
+
+    bandwidth_hz: Real = 1e6
+    tx_power_dbm: Real = 30.0
+    noise_power_dbm: Real = -94.0
+    min_distance_m: Real = 200.0
+    max_distance_m: Real = 300.0
+    path_loss_intercept_db: Real = 35.3
+    """Path loss at 1 m."""
+    path_loss_slope_db: Real = 37.6
+    """Path loss per decade of distance."""
+    shadowing_std_db: Real = 0.0
+    rician_k_db: Real = 6.0
+    """Power of the line of sight over that of the scattered paths; read when `fading` is rician."""
+    snr_gap_db: Real = 0.0
+    """How far real modulation and coding stay from Shannon's rate."""
+    doppler_hz: Real = 0.0
+    """Maximum Doppler shift; 0 is a channel that stands still."""
+    frame_s: Real = 3.0
+    """Time between two frames."""
+    fading: Fading = field(default="none")
+
+
+def path_loss_db(
+    distance_m: Float[Array, "*b"] | float, params: LinkParams = LinkParams()
+) -> Float[Array, "*b"]:
+    """Return the path loss 35.3 + 37.6 log10(d / m) in dB (spec section 2)."""
+    return params.path_loss_intercept_db + params.path_loss_slope_db * jnp.log10(distance_m)
+
+
+def snr(
+    distance_m: Float[Array, "*b"] | float,
+    fading_power: Float[Array, "*b"] | float = 1.0,
+    shadowing_db: Float[Array, "*b"] | float = 0.0,
+    params: LinkParams = LinkParams(),
+) -> Float[Array, "*b"]:
+    """Return the linear gain-to-noise ratio P h / sigma^2, the channel state of Eqs. (4) and (22).
+
+    Args:
+        distance_m: distance ES-UE in metres.
+        fading_power: small-scale power gain |h|^2, mean 1.
+        shadowing_db: log-normal shadowing in dB, added to the path loss.
+        params: the link.
+    """
+    gain_db = params.tx_power_dbm - params.noise_power_dbm - path_loss_db(distance_m, params) - shadowing_db
+    return fading_power * from_db(gain_db)
+
+
+def rate_bps(snr: Float[Array, "*b"] | float, params: LinkParams = LinkParams()) -> Float[Array, "*b"]:
+    """Return the rate B log2(1 + snr / gap) of Eq. (4) in bit/s, `snr` linear."""
+    return params.bandwidth_hz * jnp.log2(1.0 + snr / from_db(params.snr_gap_db))
+
+
+def sample_distance_m(
+    key: PRNGKeyArray, params: LinkParams, shape: tuple[int, ...] = ()
+) -> Float[Array, "..."]:
+    """Draw distances in metres, uniform between the link's bounds."""
+    u = jax.random.uniform(key, shape)
+    return params.min_distance_m + (params.max_distance_m - params.min_distance_m) * u
+
+
+def sample_shadowing_db(
+    key: PRNGKeyArray, params: LinkParams, shape: tuple[int, ...] = ()
+) -> Float[Array, "..."]:
+    """Draw log-normal shadowing in dB: N(0, shadowing_std_db^2)."""
+    return params.shadowing_std_db * jax.random.normal(key, shape)
+
+
+def sample_fading(key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Complex[Array, "..."]:
+    """Draw scattered gains g ~ CN(0, 1), the stationary state of `next_fading`."""
+    return jax.random.normal(key, shape, jnp.complex64)
+
+
+def next_fading(key: PRNGKeyArray, fading: Complex[Array, "*b"], params: LinkParams) -> Complex[Array, "*b"]:
+    """Step the scattered gains by one frame: Gauss-Markov, g' = rho g + sqrt(1 - rho^2) w, w ~ CN(0, 1).
+
+    The correlation rho = J0(2 pi f_d tau) is Jakes' at one frame; after k frames it is rho^k.
+    """
+    rho = doppler_correlation(params.doppler_hz, params.frame_s)
+    return rho * fading + jnp.sqrt(1.0 - rho**2) * sample_fading(key, fading.shape)
+
+
+def fading_power(fading: Complex[Array, "*b"], params: LinkParams) -> Float[Array, "*b"]:
+    """Return the power gain |h|^2, mean 1, of scattered gains: 1 for none, |g|^2 for Rayleigh.
+
+    Rician: h = sqrt(K / (K + 1)) + g / sqrt(K + 1).
+    """
+    if params.fading == "none":
+        return jnp.ones_like(fading.real)
+    if params.fading == "rayleigh":
+        return fading.real**2 + fading.imag**2
+    k = from_db(params.rician_k_db)
+    return ((jnp.sqrt(k) + fading.real) ** 2 + fading.imag**2) / (k + 1.0)
+
+
+def doppler_correlation(doppler_hz: Real, interval_s: Real) -> Float[Array, "..."]:
+    """Return J0(2 pi f_d tau), the correlation of a scattered gain after `interval_s` (Jakes' spectrum)."""
+    phase = 2.0 * jnp.pi * jnp.asarray(doppler_hz, jnp.float32) * interval_s
+    # The trapezoidal rule on J0's integral over a period converges geometrically once it has more points than the
+    # phase has radians.
+    angles = np.sin(np.pi * (np.arange(64) + 0.5) / 64).astype(np.float32)
+    return jnp.mean(jnp.cos(phase[..., None] * angles.reshape((1,) * phase.ndim + (64,))), axis=-1)
+
+
+def from_db(db: Real) -> Float[Array, "..."]:
+    """Convert decibels of power to a linear ratio."""
+    return jnp.power(10.0, jnp.asarray(db) / 10.0)
+
+
+def to_db(ratio: Real) -> Float[Array, "..."]:
+    """Convert a linear ratio of power to decibels."""
+    return 10.0 * jnp.log10(ratio)

@@ -1,0 +1,30 @@
+"""Token merging (spec section 5): match, merge and unmerge as pure functions with an explicit key and plan."""
+
+from megjax.link.counts import Grid, Rounds, merged_counts
+from megjax.merging.layout import Layout, from_tokens, to_tokens, token_grid
+from megjax.merging.matching import match, match_partition
+from megjax.merging.operator import merge, unmerge
+from megjax.merging.partition import Partition, fixed_partition, partition
+from megjax.merging.plan import Plan
+from megjax.merging.similarity import Similarity, cosine, euclidean
+
+__all__ = [
+    "Grid",
+    "Layout",
+    "Partition",
+    "Plan",
+    "Rounds",
+    "Similarity",
+    "cosine",
+    "euclidean",
+    "fixed_partition",
+    "from_tokens",
+    "match",
+    "match_partition",
+    "merge",
+    "merged_counts",
+    "partition",
+    "to_tokens",
+    "token_grid",
+    "unmerge",
+]
