@@ -1,8 +1,8 @@
 """FLOPs and bytes of JAX programs: XLA's cost analysis, with every loop's body counted as often as it runs.
 
-XLA counts a loop's body once, however often it runs, so that a network of scanned blocks looks many times too
-cheap. Here a program costs what XLA says of it and, for each of its loops, what XLA says of the body as a program
-of its own, times the trips that are missing.
+XLA counts a loop's body once, however often it runs, so that a network of scanned blocks looks many times
+too cheap. Here a program costs what XLA says of it and, for each of its loops, what XLA says of the body as a
+program of its own, times the trips that are missing.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-# What `Lowered.cost_analysis` calls. jax offers it for whole programs only; here it is asked about loop bodies.
-from jax._src.lib import _jax, hlo
+# What `Lowered.cost_analysis` calls, which takes whole programs only; here it is asked about loop bodies.
+from jax._src.lib import _jax, hlo  # pyright: ignore[reportAttributeAccessIssue]
 
 from megjax.errors import MegError
 
@@ -38,8 +38,8 @@ class Cost(NamedTuple):
 def count(fn: Callable[..., Any], *args: Any, dynamic_trips: int | None = None, **kwargs: Any) -> Cost:
     """Cost of `fn(*args, **kwargs)`, which is lowered for the CPU but neither compiled nor run.
 
-    Nothing is optimised yet: the FLOPs are the model's, the bytes those of a program without any fusion. For the
-    bytes of a compiled program see `count_hlo`.
+    Nothing is optimised yet: the FLOPs are the model's, the bytes those of a program without any fusion.
+    For the bytes of a compiled program see `count_hlo`.
 
     Args:
         fn: a function, jitted or not.
@@ -118,7 +118,7 @@ class _Value(NamedTuple):
 
 
 def _trips(module: _Module, condition: _Frame, body: _Frame) -> int | None:
-    """Trips of a loop that counts up to a constant in constant steps, as `lax.scan`'s do; None of any other."""
+    """Trips of a loop that counts up to a constant in constant steps, as `lax.scan`'s do; else None."""
     loop, outside = body.instruction, body.caller
     assert loop is not None
     assert outside is not None

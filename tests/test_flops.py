@@ -176,8 +176,8 @@ def test_only_unknown_loops_take_the_assumed_trips():
     assert 4 * once <= cost.flops <= 4 * (once + LOOP_OVERHEAD)
 
 
-# As the TPU compiler prints a loop: without a trip count, its counter copied to scalar memory, its bound and its
-# step carried along.
+# As the TPU compiler prints a loop: without a trip count, its counter copied to scalar memory, its bound and
+# its step carried along.
 TPU_LOOP = """
 HloModule jit_f, is_scheduled=true, entry_computation_layout={(bf16[8,16]{1,0:T(8,128)(2,1)})->bf16[8,16]{1,0:T(8,128)(2,1)}}
 
