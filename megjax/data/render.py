@@ -88,10 +88,11 @@ def _heart(x: Array, y: Array) -> Array:
     return jnp.minimum(disc, jnp.maximum(x * c + y * s - 0.52, below_tangent_point))
 
 
-_OUTLINES = (_circle, _square, _triangle, _star, _cross, _heart)  # of SHAPES
+OUTLINES = (_circle, _square, _triangle, _star, _cross, _heart)
+"""Signed distance of each of SHAPES from points (x, y) in units of its radius; y points down."""
 
 
-def _coverage(distance: Array) -> Array:
+def coverage(distance: Float[Array, "*S"]) -> Float[Array, "*S"]:
     """How much of a pixel lies within an edge at a signed `distance` in pixels, negative inside."""
     return jnp.clip(0.5 - distance, 0.0, 1.0)
 
@@ -101,14 +102,21 @@ def _wave(t: Array, period: float) -> Array:
     return jnp.abs(t - period * jnp.round(t / period))
 
 
-def _ink(x: Array, y: Array, texture: Array, scale: float) -> Array:
-    """How much of each pixel has the texture's second tone; x, y from the object's centre, in scene units."""
+def tones(x: Float[Array, "*S"], y: Float[Array, "*S"], scale: float = 1.0) -> list[Float[Array, "*S"]]:
+    """What each of TEXTURES multiplies an object's colour with.
+
+    Args:
+        x: distance to the right of the object's centre, in pixels of a 64 x 64 picture.
+        y: distance below it.
+        scale: the picture's pixels per pixel of a 64 x 64 picture.
+    """
     stripes = STRIPE_PERIOD / 4 - _wave(y, STRIPE_PERIOD)
     dots = jnp.sqrt(_wave(x, DOT_PERIOD) ** 2 + _wave(y, DOT_PERIOD) ** 2) - DOT_RADIUS
     across, down = (CHECKER_PERIOD / 4 - _wave(t + CHECKER_PERIOD / 4, CHECKER_PERIOD) for t in (x, y))
-    checks = jnp.where((across < 0) == (down < 0), -1.0, 1.0) * jnp.minimum(jnp.abs(across), jnp.abs(down))
-    distance = jnp.where(texture == 1, stripes, jnp.where(texture == 2, dots, checks))
-    return jnp.where(texture == 0, 0.0, _coverage(distance * scale))
+    apart = jnp.minimum(jnp.abs(across), jnp.abs(down))
+    checks = jnp.where((across < 0) == (down < 0), -apart, apart)
+    inked = (1.0 - (1.0 - INK) * coverage(distance * scale) for distance in (stripes, dots, checks))
+    return [jnp.ones_like(x), *inked]
 
 
 @partial(jax.jit, static_argnames="size")
@@ -122,20 +130,16 @@ def render(scene: Scene, size: int = SIDE) -> Float[Array, "B H W 3"]:
     scale = size / SIDE
     (batch,) = scene.two.shape
     grid = (jnp.arange(size, dtype=jnp.float32) + 0.5) / scale
-    shape_Bx2x1x1 = scene.shape[:, :, None, None]
     full = (batch, 2, size, size)
     x = jnp.broadcast_to(grid[None, None, None, :] - scene.x[:, :, None, None], full)
     y = jnp.broadcast_to(grid[None, None, :, None] - scene.y[:, :, None, None], full)
     radius = jnp.broadcast_to(jnp.asarray(RADII, jnp.float32)[scene.size][:, :, None, None], full)
-    outline = jnp.zeros(full)
-    for i, distance in enumerate(_OUTLINES):
-        outline = jnp.where(shape_Bx2x1x1 == i, distance(x / radius, y / radius), outline)
+    which = [jnp.broadcast_to(index[:, :, None, None], full) for index in (scene.shape, scene.texture)]
+    distance = jax.lax.select_n(which[0], *(outline(x / radius, y / radius) for outline in OUTLINES))
     present = jnp.stack([jnp.ones(batch, bool), scene.two], axis=1)[:, :, None, None]
-    alpha = jnp.where(present, _coverage(outline * radius * scale), 0.0)
-    tone = 1.0 - (1.0 - INK) * _ink(x, y, scene.texture[:, :, None, None], scale)
-    colour_Bx2x3 = jnp.asarray(COLOUR_RGB)[scene.colour]
-    background_Bx3 = jnp.asarray(BACKGROUND_RGB)[scene.background]
+    alpha = jnp.where(present, coverage(distance * radius * scale), 0.0)
+    tone = jax.lax.select_n(which[1], *tones(x, y, scale))
     # Objects never overlap, so that each replaces its own part of the background.
-    objects = jnp.einsum("bohw,boc->bhwc", alpha * tone, colour_Bx2x3)
-    rest = 1.0 - alpha.sum(axis=1)
-    return objects + rest[..., None] * background_Bx3[:, None, None, :]
+    objects = jnp.einsum("bohw,boc->bhwc", alpha * tone, jnp.asarray(COLOUR_RGB)[scene.colour])
+    rest_BxSxS = 1.0 - alpha.sum(axis=1)
+    return objects + rest_BxSxS[..., None] * jnp.asarray(BACKGROUND_RGB)[scene.background][:, None, None, :]

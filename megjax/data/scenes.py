@@ -38,7 +38,7 @@ NAMES_POSITION = 0.8
 
 
 def _held_out_tables() -> tuple[np.ndarray, np.ndarray]:
-    """Which flat (shape, colour, texture) have a held-out pair, and which a pair that involves the texture."""
+    """Which flat (shape, colour, texture) have a held-out pair, and which one that involves the texture."""
     plain, textured = (np.zeros((len(SHAPES), len(COLOURS), len(TEXTURES)), bool) for _ in range(2))
     for colour, shape in HELD_OUT_COLOUR_SHAPE:
         plain[SHAPES.index(shape), COLOURS.index(colour), :] = True
