@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray, ScalarLike
 
 from megjax.errors import MegError
 from megjax.link.counts import Count, Grid, Rounds, is_static, merged_counts
 from megjax.merging.operator import merge
 from megjax.merging.partition import Partition, fixed_partition, partition
 from megjax.merging.plan import Matches, Plan, build_plan
+from megjax.merging.selection import highest
 from megjax.merging.similarity import Similarity, cosine
 
 
@@ -57,16 +60,16 @@ def match_partition(
         raise MegError(
             f"{tokens_NxD.shape[-2]} tokens on a {grid[0]} x {grid[1]} grid: need {grid[0] * grid[1]}"
         )
-    counts = merged_counts(ratio, grid, 2 if len(partitions) > 1 else 1)[: len(partitions)]
-    static = is_static(ratio)
-    if static:
-        # A round that merges nothing leaves no trace in a static plan's work.
+    counts = merged_counts(ratio, grid, 2 if len(partitions) > 1 else 1)
+    rows = tokens_NxD.shape[-2]
+    if is_static(ratio):
+        rows -= sum(counts)
+        # A static round that merges nothing leaves no trace.
         used = max(1, sum(count > 0 for count in counts))
         partitions, counts = partitions[:used], counts[:used]
-    rows = tokens_NxD.shape[-2] - sum(counts) if static else tokens_NxD.shape[-2]
 
     def plan_one(x_NxD: Array) -> Plan:
-        rounds = _match_rounds(x_NxD, partitions, counts, similarity, weighted)
+        rounds = _match_rounds(x_NxD, partitions, counts, similarity)
         return build_plan(partitions, rounds, counts, rows, weighted)
 
     for _ in range(tokens_NxD.ndim - 2):
@@ -75,45 +78,83 @@ def match_partition(
 
 
 def _match_rounds(
-    x_NxD: Array,
-    partitions: tuple[Partition, ...],
-    counts: tuple[Count, ...],
-    similarity: Similarity,
-    weighted: bool,
+    x_NxD: Array, partitions: tuple[Partition, ...], counts: tuple[Count, ...], similarity: Similarity
 ) -> tuple[Matches, ...]:
-    rounds: list[Matches] = []
-    for i, (part, count) in enumerate(zip(partitions, counts, strict=True)):
-        if i:
-            # Round 2 starts once every source is merged: the destinations' averages are its tokens.
-            done = jax.tree.map(jnp.ones_like, rounds[0].merged_A)
-            plan = build_plan(
-                partitions[:1],
-                (Matches(done, rounds[0].best_A),),
-                (done.shape[0],),
-                partitions[0].destination_B.shape[0],
-            )
-            x_NxD = merge(x_NxD, plan)
-        score_A, best_A = _best(x_NxD[part.source_A], x_NxD[part.destination_B], similarity)
-        rounds.append(Matches(_highest(score_A, count), best_A))
-    return tuple(rounds)
+    first = _match_round(x_NxD, partitions[0], counts[0], similarity)
+    if len(partitions) == 1:
+        return (first,)
+
+    def second_round() -> Matches:
+        # It starts once every source is merged: its tokens are the averages of round 1.
+        everyone = Matches(jnp.ones_like(first.merged_A), first.best_A)
+        sources, destinations = partitions[0].source_A.shape[0], partitions[0].destination_B.shape[0]
+        averages = merge(x_NxD, build_plan(partitions[:1], (everyone,), (sources,), destinations))
+        return _match_round(averages, partitions[1], counts[1], similarity)
+
+    def no_round() -> Matches:
+        shape = partitions[1].source_A.shape
+        return Matches(jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32))
+
+    if isinstance(counts[1], int):
+        return (first, second_round())
+    return (first, jax.lax.cond(counts[1] > 0, second_round, no_round))
 
 
-def _best(a_AxD: Array, b_BxD: Array, similarity: Similarity) -> tuple[Array, Array]:
-    """Return each source's highest similarity and the destination that has it."""
-    if b_BxD.shape[0] == 0:
-        return jnp.full(a_AxD.shape[:1], -jnp.inf), jnp.zeros(a_AxD.shape[:1], jnp.int32)
-    a_AxD, b_BxD = a_AxD.astype(jnp.float32), b_BxD.astype(jnp.float32)
-    s = similarity(a_AxD, b_BxD)
-    scores_AxB = jnp.matmul(a_AxD, s.b_BxD.T, precision="highest")
-    if s.bias_B is not None:
-        scores_AxB = scores_AxB + s.bias_B[None, :]
-    score_A = jnp.max(scores_AxB, axis=-1) * s.scale_A
-    if s.offset_A is not None:
-        score_A = score_A + s.offset_A
-    return score_A, jnp.argmax(scores_AxB, axis=-1).astype(jnp.int32)
+def _match_round(x_NxD: Array, partition: Partition, count: Count, similarity: Similarity) -> Matches:
+    """Match one round's tokens; with no destination nothing merges."""
+    if partition.destination_B.shape[0] == 0:
+        return Matches(
+            jnp.zeros(partition.source_A.shape, bool), jnp.zeros(partition.source_A.shape, jnp.int32)
+        )
+    score_A, best_A = jax.lax.platform_dependent(
+        x_NxD,
+        partition,
+        cpu=partial(best_destination, similarity=similarity, block=2**18),
+        default=partial(best_destination, similarity=similarity, block=2**24),
+    )
+    return Matches(highest(score_A, count), best_A)
 
 
-def _highest(score_A: Array, count: Count) -> Array:
-    """Mark the `count` highest scores; of equal ones the first."""
-    rank_A = jnp.argsort(jnp.argsort(score_A, descending=True, stable=True))
-    return rank_A < count
+def best_destination(
+    x_NxD: Float[Array, "N D"], partition: Partition, similarity: Similarity, block: int
+) -> tuple[Float[Array, " A"], Int[Array, " A"]]:
+    """Return each source's highest similarity, Eq. (15), and the destination that has it, the first of equal ones.
+
+    Args:
+        x_NxD: tokens.
+        partition: their sources and destinations.
+        similarity: see `match`.
+        block: most entries of S to hold at once.
+    """
+    # 16-bit tokens multiply exactly at the default precision of every backend, as long as they stay what they are:
+    # their gain comes after the product.
+    exact = x_NxD.dtype.itemsize < 4
+    b_BxD = x_NxD[partition.destination_B].astype(jnp.float32)
+    to = similarity(b_BxD)
+    if to.gain_N is not None and not exact:
+        b_BxD = b_BxD * to.gain_N[:, None]
+    sources, destinations = partition.source_A.shape[0], b_BxD.shape[0]
+    index_Bx1 = jnp.arange(destinations, dtype=jnp.int32)[:, None]
+
+    def best_of_block(source_K: Array) -> tuple[Array, Array]:
+        a_KxD = x_NxD[source_K].astype(jnp.float32)
+        of = similarity(a_KxD)
+        s_BxK = jnp.matmul(b_BxD, a_KxD.T, precision="default" if exact else "highest")
+        if to.gain_N is not None and exact:
+            s_BxK = s_BxK * to.gain_N[:, None]
+        if to.bias_N is not None:
+            s_BxK = s_BxK + to.bias_N[:, None]
+        score_K = jnp.max(s_BxK, axis=0)
+        # Two reductions over the slow axis run as vector code where an argmax does not.
+        best_K = jnp.min(jnp.where(s_BxK == score_K[None, :], index_Bx1, destinations - 1), axis=0)
+        if of.scale_N is not None:
+            score_K = score_K * of.scale_N
+        return score_K if of.offset_N is None else score_K + of.offset_N, best_K
+
+    blocks = -(-sources * destinations // block)
+    if blocks == 1:
+        return best_of_block(partition.source_A)
+    width = -(-sources // blocks)
+    source_nxK = jnp.pad(partition.source_A, (0, blocks * width - sources)).reshape(blocks, width)
+    score_nxK, best_nxK = jax.lax.map(best_of_block, source_nxK)
+    return score_nxK.reshape(-1)[:sources], best_nxK.reshape(-1)[:sources]

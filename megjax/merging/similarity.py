@@ -10,33 +10,31 @@ from jaxtyping import Array, Float
 
 
 class Affine(NamedTuple):
-    """A similarity as S_ij = scale_i (a_i . b_j + bias_j) + offset_i, scale_i > 0.
+    """A similarity S_ij = scale_i (gain_j a_i . b_j + bias_j) + offset_i of source i and destination j.
 
-    The best j of each i needs only the bracket, so that one matrix product serves every similarity.
+    The best j of each i needs only the bracket, so one matrix product serves every similarity. Each token has all
+    four numbers; a source's are read by i and a destination's by j. None is 1 for a factor, 0 for a summand.
     """
 
-    b_BxD: Float[Array, "*b B D"]
-    bias_B: Float[Array, "*b B"] | None
-    scale_A: Float[Array, "*b A"]
-    offset_A: Float[Array, "*b A"] | None
+    gain_N: Float[Array, "*b N"] | None = None
+    bias_N: Float[Array, "*b N"] | None = None
+    scale_N: Float[Array, "*b N"] | None = None
+    """Positive, or 0 for a token that is equally like all."""
+    offset_N: Float[Array, "*b N"] | None = None
 
 
-Similarity: TypeAlias = Callable[[Float[Array, "*b A D"], Float[Array, "*b B D"]], Affine]
-"""Sources and destinations to their similarity in affine form."""
+Similarity: TypeAlias = Callable[[Float[Array, "*b N D"]], Affine]
+"""Tokens to the coefficients of their similarity."""
 
 
-def cosine(a_AxD: Float[Array, "*b A D"], b_BxD: Float[Array, "*b B D"]) -> Affine:
+def cosine(x_NxD: Float[Array, "*b N D"]) -> Affine:
     """Return cos(a_i, b_j), Eq. (15); a token of zeros has similarity 0 to all."""
-    return Affine(b_BxD * _inverse_norm(b_BxD)[..., None], None, _inverse_norm(a_AxD), None)
+    square_N = jnp.sum(x_NxD * x_NxD, axis=-1)
+    inverse_norm_N = jnp.where(square_N > 0, 1 / jnp.sqrt(jnp.where(square_N > 0, square_N, 1.0)), 0.0)
+    return Affine(gain_N=inverse_norm_N, scale_N=inverse_norm_N)
 
 
-def euclidean(a_AxD: Float[Array, "*b A D"], b_BxD: Float[Array, "*b B D"]) -> Affine:
+def euclidean(x_NxD: Float[Array, "*b N D"]) -> Affine:
     """Return -||a_i - b_j||^2 / 2, which orders pairs as the Euclidean distance does."""
-    half = -0.5 * jnp.sum(b_BxD * b_BxD, axis=-1)
-    offset = -0.5 * jnp.sum(a_AxD * a_AxD, axis=-1)
-    return Affine(b_BxD, half, jnp.ones_like(offset), offset)
-
-
-def _inverse_norm(x_NxD: Float[Array, "*b N D"]) -> Float[Array, "*b N"]:
-    square = jnp.sum(x_NxD * x_NxD, axis=-1)
-    return jnp.where(square > 0, 1.0 / jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    half_N = -0.5 * jnp.sum(x_NxD * x_NxD, axis=-1)
+    return Affine(bias_N=half_N, offset_N=half_N)
