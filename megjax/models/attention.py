@@ -11,13 +11,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from megjax.errors import MegError
-from megjax.models.layers import conv, gelu, group_norm, layer_norm, linear, scan, stack
+from megjax.models.layers import GroupNorm, conv, gelu, layer_norm, linear, scan, stack
 from megjax.models.network import Options
 
 IMPLEMENTATIONS = ("xla", "cudnn")
 
 MAX_LOGIT_BYTES = 64 * 2**20
-"""Above this the scores are computed for some queries at a time: 16384 tokens would need 1 GiB a head at once."""
+"""Above this the scores are computed for some queries at a time: 16384 tokens would need 1 GiB a head."""
 
 TokenMerge = Callable[[Array, tuple[int, int]], tuple[Array, Callable[[Array], Array]]]
 """Merges similar tokens before self-attention: (x_BxNxD, grid) -> (merged_BxMxD, unmerge)."""
@@ -69,7 +69,7 @@ def _largest_divisor(n: int, limit: int) -> int:
 
 
 class Attention(nnx.Module):
-    """Multi-head self- or cross-attention without biases on q, k and v, as in the U-Net's transformer blocks."""
+    """Multi-head self- or cross-attention without biases on q, k and v."""
 
     def __init__(self, dim: int, context_dim: int, heads: int, options: Options, *, rngs: nnx.Rngs):
         self.heads = heads
@@ -157,7 +157,7 @@ class Transformer2D(nnx.Module):
     ):
         self.remat = options.remat
         # 1e-6 here, whatever norm_eps says: as in PyTorch diffusers.
-        self.norm = group_norm(channels, groups, 1e-6, options, rngs=rngs)
+        self.norm = GroupNorm(channels, groups, 1e-6, options)
 
         def project() -> Any:
             if linear_projection:

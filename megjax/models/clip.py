@@ -77,7 +77,7 @@ class _TextTransformer(nnx.Module):
 
 
 class CLIPText(nnx.Module):
-    """A causal text transformer; SDXL reads its last layer but one and, from bigG, the projected last token."""
+    """A causal text transformer; SDXL reads its last layer but one and bigG's projected end token."""
 
     def __init__(self, config: CLIPTextConfig, options: Options, *, rngs: nnx.Rngs):
         self.config = config
@@ -92,8 +92,8 @@ class CLIPText(nnx.Module):
         """Encode token ids.
 
         Returns:
-            The penultimate hidden state, and the pooled output: the last layer's normalised state at the end of the
-            text, projected where the class has a projection. Float32.
+            The penultimate hidden state, and the pooled output: the last layer's normalised state at the end
+            of the text, projected where the class has a projection. Float32.
         """
         model = self.text_model
 
@@ -103,7 +103,7 @@ class CLIPText(nnx.Module):
         x = model.embeddings(ids_BxL)
         penultimate = scan(model.encoder.layers, layer, x, remat=self.remat, layers=slice(None, -1))
         last = scan(model.encoder.layers, layer, penultimate, remat=self.remat, layers=slice(-1, None))
-        # Configs older than transformers 4.32 say 2, whatever the vocabulary: there the highest id ends the text.
+        # Old configs say 2, whatever the vocabulary: there the highest id ends the text.
         eos = self.config.eos_token_id
         end_B = jnp.argmax(ids_BxL if eos == 2 else ids_BxL == eos, axis=-1)
         pooled = jnp.take_along_axis(last, end_B[:, None, None], axis=1)[:, 0]

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from megjax.errors import MegError, WeightsError
 
@@ -36,8 +36,8 @@ class UNetConfig:
     freq_shift: int = 0
     use_linear_projection: bool = True
 
-    CLASS_NAMES = ("UNet2DConditionModel", "FlaxUNet2DConditionModel")
-    ONLY = {
+    CLASS_NAMES: ClassVar[tuple[str, ...]] = ("UNet2DConditionModel", "FlaxUNet2DConditionModel")
+    ONLY: ClassVar[dict[str, Any]] = {
         "act_fn": "silu",
         "addition_embed_type": "text_time",
         "center_input_sample": False,
@@ -71,8 +71,8 @@ class UNetConfig:
         ):
             if len(getattr(self, name)) != blocks:
                 raise MegError(
-                    f"UNetConfig: {name} has {len(getattr(self, name))} entries, block_out_channels has {blocks}; "
-                    "give one entry a block"
+                    f"UNetConfig: {name} has {len(getattr(self, name))} entries, block_out_channels has "
+                    f"{blocks}; give one entry a block"
                 )
         _one_of("down_block_types", self.down_block_types, ("DownBlock2D", "CrossAttnDownBlock2D"))
         _one_of("up_block_types", self.up_block_types, ("UpBlock2D", "CrossAttnUpBlock2D"))
@@ -107,8 +107,8 @@ class VAEConfig:
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
 
-    CLASS_NAMES = ("AutoencoderKL", "FlaxAutoencoderKL")
-    ONLY = {"act_fn": "silu", "shift_factor": None}
+    CLASS_NAMES: ClassVar[tuple[str, ...]] = ("AutoencoderKL", "FlaxAutoencoderKL")
+    ONLY: ClassVar[dict[str, Any]] = {"act_fn": "silu", "shift_factor": None}
 
     def __post_init__(self) -> None:
         for name in ("latents_mean", "latents_std"):
@@ -120,7 +120,8 @@ class VAEConfig:
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise MegError(
-                    f"VAEConfig: block_out_channels {channels} is no multiple of norm_num_groups {self.norm_num_groups}"
+                    f"VAEConfig: block_out_channels {channels} is no multiple of norm_num_groups "
+                    f"{self.norm_num_groups}"
                 )
 
     @property
@@ -145,20 +146,20 @@ class CLIPTextConfig:
     eos_token_id: int = 2
     with_projection: bool = False
 
-    CLASS_NAMES = (
+    CLASS_NAMES: ClassVar[tuple[str, ...]] = (
         "CLIPTextModel",
         "FlaxCLIPTextModel",
         "CLIPTextModelWithProjection",
         "FlaxCLIPTextModelWithProjection",
     )
-    ONLY = {}
+    ONLY: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
         _one_of("hidden_act", (self.hidden_act,), ("quick_gelu", "gelu"))
         if self.num_hidden_layers < 2:
             raise MegError(
-                f"CLIPTextConfig: num_hidden_layers {self.num_hidden_layers}; at least 2 are needed, since the U-Net "
-                "is conditioned on the last layer but one"
+                f"CLIPTextConfig: num_hidden_layers {self.num_hidden_layers}; at least 2 are needed, since "
+                "the U-Net is conditioned on the last layer but one"
             )
         if self.hidden_size % self.num_attention_heads:
             raise MegError(
@@ -176,8 +177,8 @@ def _one_of(name: str, values: tuple[Any, ...], allowed: tuple[Any, ...]) -> Non
 def from_dict(cls: type[Config], raw: Mapping[str, Any], *, origin: str = "config.json") -> Config:
     """Build a configuration from a parsed `config.json`, ignoring fields that change nothing here.
 
-    Raises `WeightsError` for another model's class and for a value that this implementation does not have: what it
-    cannot compute exactly it does not load.
+    Raises `WeightsError` for another model's class and for a value that this implementation does not have:
+    what it cannot compute exactly it does not load.
     """
     names = raw.get("architectures") or [raw.get("_class_name")]
     if not any(name in cls.CLASS_NAMES for name in names):  # type: ignore[attr-defined]
@@ -215,7 +216,7 @@ def to_dict(config: UNetConfig | VAEConfig | CLIPTextConfig) -> dict[str, Any]:
 
 
 def read(cls: type[Config], path: str | Path) -> Config:
-    """Read one component's `config.json`; raises `WeightsError` if it is missing, no JSON or another class."""
+    """Read a component's `config.json`; raises `WeightsError` if it is missing, no JSON or another class."""
     path = Path(path)
     try:
         raw = json.loads(path.read_text())

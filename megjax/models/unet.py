@@ -1,4 +1,4 @@
-"""`UNet2DConditionModel` of SDXL: predicts the noise in a latent, given the timestep, the text and the sizes."""
+"""SDXL's `UNet2DConditionModel`: predicts the noise in a latent, given timestep, text and sizes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from megjax.models.attention import TokenMerge, Transformer2D
 from megjax.models.configs import UNetConfig
 from megjax.models.layers import (
     Downsample,
+    GroupNorm,
     ResnetBlock,
     TimestepEmbedding,
     Upsample,
     conv,
-    group_norm,
     sinusoidal,
 )
 from megjax.models.network import Network, Options, network
@@ -172,7 +172,7 @@ class UNet(nnx.Module):
         self.down_blocks = nnx.List([DownBlock(config, options, i, rngs=rngs) for i in levels])
         self.mid_block = MidBlock(config, options, rngs=rngs)
         self.up_blocks = nnx.List([UpBlock(config, options, i, rngs=rngs) for i in levels])
-        self.conv_norm_out = group_norm(outs[0], config.norm_num_groups, config.norm_eps, options, rngs=rngs)
+        self.conv_norm_out = GroupNorm(outs[0], config.norm_num_groups, config.norm_eps, options)
         self.conv_out = conv(outs[0], config.out_channels, 3, options, rngs=rngs)
 
     def __call__(

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from megjax.models.attention import attention
 from megjax.models.configs import VAEConfig
-from megjax.models.layers import Downsample, ResnetBlock, Upsample, conv, group_norm, linear
+from megjax.models.layers import Downsample, GroupNorm, ResnetBlock, Upsample, conv, linear
 from megjax.models.network import Network, Options, network
 
 EPS = 1e-6
@@ -20,7 +20,7 @@ class VAEAttention(nnx.Module):
 
     def __init__(self, channels: int, options: Options, *, groups: int, rngs: nnx.Rngs):
         self.implementation = options.attention
-        self.group_norm = group_norm(channels, groups, EPS, options, rngs=rngs)
+        self.group_norm = GroupNorm(channels, groups, EPS, options)
         self.query = linear(channels, channels, options, rngs=rngs)
         self.key = linear(channels, channels, options, rngs=rngs)
         self.value = linear(channels, channels, options, rngs=rngs)
@@ -91,7 +91,7 @@ class _EncoderTrunk(nnx.Module):
                 level.downsamplers = nnx.List([Downsample(c_out, options, asymmetric=True, rngs=rngs)])
             self.down_blocks.append(level)
         self.mid_block = _MidBlock(config, options, rngs=rngs)
-        self.conv_norm_out = group_norm(outs[-1], config.norm_num_groups, EPS, options, rngs=rngs)
+        self.conv_norm_out = GroupNorm(outs[-1], config.norm_num_groups, EPS, options)
         self.conv_out = conv(outs[-1], 2 * config.latent_channels, 3, options, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
@@ -114,7 +114,7 @@ class _DecoderTrunk(nnx.Module):
             if i < len(outs) - 1:
                 level.upsamplers = nnx.List([Upsample(c_out, options, rngs=rngs)])
             self.up_blocks.append(level)
-        self.conv_norm_out = group_norm(outs[-1], config.norm_num_groups, EPS, options, rngs=rngs)
+        self.conv_norm_out = GroupNorm(outs[-1], config.norm_num_groups, EPS, options)
         self.conv_out = conv(outs[-1], config.out_channels, 3, options, rngs=rngs)
 
     def __call__(self, z: Array) -> Array:

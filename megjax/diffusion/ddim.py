@@ -1,0 +1,154 @@
+"""The discrete noise schedule and the DDIM solver, in one compiled loop for every number of steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from megjax.errors import MegError, WeightsError
+
+Denoise = Callable[[Float[Array, "B H W C"], Int[Array, "B"]], Float[Array, "B H W C"]]
+"""Predicts the noise: (z_t, t) -> eps. Parameters, text and guidance are bound in it."""
+
+Spacing = Literal["leading", "trailing"]
+"""Where the timesteps lie: `leading` ends at the offset, `trailing` starts at the last, pure-noise step."""
+
+DDIM_CONFIG = "scheduler_config.json"
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["abar"], meta_fields=["spacing", "offset"])
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """SDXL's scaled-linear schedule, spec section 4.
+
+    Args:
+        abar: cumulative product of 1 - beta, (1000,); abar[t] is the signal's share of power at timestep t.
+        spacing: of the DDIM timesteps.
+        offset: added to `leading` timesteps.
+    """
+
+    abar: Float[Array, S]
+    spacing: Spacing = "leading"
+    offset: int = 1
+
+
+def schedule(
+    beta_start: float = 0.00085,
+    beta_end: float = 0.012,
+    num_train_timesteps: int = 1000,
+    spacing: Spacing = "leading",
+    offset: int = 1,
+) -> Schedule:
+    """Scaled-linear betas: their square roots are evenly spaced.
+
+    Raises:
+        MegError: for betas outside 0 < start <= end < 1, or an unknown spacing.
+    """
+    if not 0 < beta_start <= beta_end < 1:
+        raise MegError(f"betas {beta_start}..{beta_end}: need 0 < beta_start <= beta_end < 1")
+    if spacing not in get_args(Spacing):
+        raise MegError(f"timestep spacing {spacing!r}: choose from {', '.join(get_args(Spacing))}")
+    # float64 on the host: a cumulative product of a thousand factors.
+    betas = np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps) ** 2
+    return Schedule(jnp.asarray(np.cumprod(1 - betas), jnp.float32), spacing, offset)
+
+
+def read_schedule(path: str | Path) -> Schedule:
+    """Read diffusers' `scheduler_config.json`; raises `WeightsError` for what is no scaled-linear eps schedule."""
+    path = Path(path)
+    try:
+        raw = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: not a readable scheduler config ({error})") from None
+    for name, value in {"beta_schedule": "scaled_linear", "prediction_type": "epsilon"}.items():
+        if raw.get(name, value) != value:
+            raise WeightsError(f"{path}: {name} = {raw[name]!r} is not supported; only {value!r} is")
+    return schedule(
+        raw.get("beta_start", 0.00085),
+        raw.get("beta_end", 0.012),
+        raw.get("num_train_timesteps", 1000),
+        raw.get("timestep_spacing", "leading"),
+        raw.get("steps_offset", 0),
+    )
+
+
+def ddim_timesteps(
+    sched: Schedule, steps: Int[Array, ""] | int, i: Int[Array, ...] | int
+) -> tuple[Int[Array, ...], Int[Array, ...]]:
+    """The i-th of `steps` timesteps and the one that its step leads to, as diffusers' `DDIMScheduler` has them.
+
+    Args:
+        sched: the schedule.
+        steps: number of steps, at least 1; traced.
+        i: 0 is the noisiest; traced.
+
+    Returns:
+        t and t_next; a negative t_next stands for the end, where abar is abar[0].
+    """
+    S = sched.abar.shape[0]
+    steps, i = jnp.asarray(steps, jnp.int32), jnp.asarray(i, jnp.int32)
+    stride = S // steps
+    if sched.spacing == "leading":
+        t = (steps - 1 - i) * stride + sched.offset
+    else:
+        # round(S - i S / steps) - 1 in integers (half to even, as numpy rounds).
+        numerator = S * (steps - i)
+        quotient, rest = numerator // steps, numerator % steps
+        up = (2 * rest > steps) | ((2 * rest == steps) & (quotient % 2 == 1))
+        t = quotient + up.astype(jnp.int32) - 1
+    t = jnp.clip(t, 0, S - 1)
+    return t, t - stride
+
+
+def noised(
+    sched: Schedule,
+    z0_BxHxWxC: Float[Array, "B H W C"],
+    noise_BxHxWxC: Float[Array, "B H W C"],
+    t_B: Int[Array, B],
+) -> Float[Array, "B H W C"]:
+    """Eq. (10): sqrt(abar_t) z_0 + sqrt(1 - abar_t) n."""
+    abar = sched.abar[t_B][:, None, None, None]
+    return jnp.sqrt(abar) * z0_BxHxWxC + jnp.sqrt(1 - abar) * noise_BxHxWxC
+
+
+def ddim(
+    denoise: Denoise,
+    z_BxHxWxC: Float[Array, "B H W C"],
+    sched: Schedule,
+    steps: Int[Array, ""] | int,
+    start: Int[Array, ""] | int = 0,
+) -> Float[Array, "B H W C"]:
+    """Solve the probability-flow ODE by deterministic DDIM (Song et al. 2021, eta = 0).
+
+    One executable serves every number of steps, since the loop's bounds are traced.
+
+    Args:
+        denoise: the noise predictor.
+        z_BxHxWxC: noise, or for image-to-image a picture's latent noised to the `start`-th timestep.
+        sched: the schedule.
+        steps: number of steps of the whole trajectory; traced.
+        start: steps to leave out at the noisy end (SDEdit); traced.
+
+    Returns:
+        The denoised latents.
+    """
+    B = z_BxHxWxC.shape[0]
+    steps, start = jnp.asarray(steps, jnp.int32), jnp.asarray(start, jnp.int32)
+
+    def body(i: Array, z: Array) -> Array:
+        t, t_next = ddim_timesteps(sched, steps, i)
+        abar, abar_next = sched.abar[t], sched.abar[jnp.maximum(t_next, 0)]
+        eps = denoise(z, jnp.full((B,), t))
+        z0 = (z - jnp.sqrt(1 - abar) * eps) / jnp.sqrt(abar)
+        return jnp.sqrt(abar_next) * z0 + jnp.sqrt(1 - abar_next) * eps
+
+    return jax.lax.fori_loop(start, steps, body, z_BxHxWxC)

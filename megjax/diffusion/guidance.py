@@ -1,0 +1,61 @@
+"""Conditioning of the U-Net and classifier-free guidance."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
+
+from megjax.diffusion.ddim import Denoise
+from megjax.models import Network, Params, TokenMerge
+
+
+class Conditioning(NamedTuple):
+    """What the U-Net is told beside z_t and t.
+
+    Args:
+        text_BxLxE: penultimate hidden states of the text encoders, side by side.
+        pooled_BxP: pooled embedding of the last text encoder.
+        sizes_Bx6: original size, crop, target size; pixels.
+    """
+
+    text_BxLxE: Float[Array, "B L E"]
+    pooled_BxP: Float[Array, "B P"]
+    sizes_Bx6: Num[Array, "B 6"]
+
+
+def conditioned(
+    unet: Network, params: Params, condition: Conditioning, token_merge: TokenMerge | None = None
+) -> Denoise:
+    """The conditional noise predictor: one U-Net call a step."""
+    return lambda z, t_B: unet(params, z, t_B, *condition, token_merge)
+
+
+def guided(
+    unet: Network,
+    params: Params,
+    condition: Conditioning,
+    empty: Conditioning,
+    guidance: Float[Array, ""] | float,
+    token_merge: TokenMerge | None = None,
+) -> Denoise:
+    """Classifier-free guidance, eps_u + g (eps_c - eps_u): both branches in one U-Net call of twice the batch.
+
+    Args:
+        unet: the U-Net.
+        params: its parameters.
+        condition: of the prompts.
+        empty: of the empty or negative prompts.
+        guidance: g, traced; 1 is the conditional prediction (at twice its price: use `conditioned`).
+        token_merge: ToMe inside self-attention.
+    """
+    both = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), empty, condition)
+
+    def denoise(z: Array, t_B: Array) -> Array:
+        eps = unet(params, jnp.concatenate([z, z]), jnp.concatenate([t_B, t_B]), *both, token_merge)
+        eps_u, eps_c = jnp.split(eps, 2)
+        return eps_u + guidance * (eps_c - eps_u)
+
+    return denoise

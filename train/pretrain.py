@@ -1,0 +1,22 @@
+"""`python -m train.pretrain tiny`: train a small backbone from nothing on `scenes`."""
+
+from __future__ import annotations
+
+import jax
+import tyro
+
+from configs.pretrain import PRESETS
+from megjax.training.pretrain import PretrainConfig, latent_pool, train_autoencoder, train_denoiser
+
+
+def main(config: PretrainConfig) -> None:
+    """Train both stages; each resumes from its newest checkpoint in `config.folder`."""
+    config.folder.mkdir(parents=True, exist_ok=True)
+    key_vae, key_pool, key_denoiser = jax.random.split(jax.random.key(config.seed), 3)
+    autoencoder = train_autoencoder(config, key_vae)
+    data, _ = latent_pool(config, autoencoder["encoder"], key_pool)
+    train_denoiser(config, data, key_denoiser)
+
+
+if __name__ == "__main__":
+    main(tyro.extras.overridable_config_cli(PRESETS))
