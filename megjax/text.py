@@ -1,0 +1,84 @@
+"""Prompts to token ids, by CLIP's byte-pair encoding; no PyTorch needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Int
+
+from megjax.errors import MegError, WeightsError
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+
+def load_tokenizers(folder: str | Path) -> tuple[CLIPTokenizer, ...]:
+    """Read the tokenizers of a folder in diffusers layout: `tokenizer`, and `tokenizer_2` if it is there.
+
+    Raises `WeightsError` if a vocabulary is missing or broken, or if the two differ in length.
+    """
+    from transformers import CLIPTokenizer  # takes a second to import
+
+    folders = [Path(folder, "tokenizer")]
+    if (second := Path(folder, "tokenizer_2")).is_dir():
+        folders.append(second)
+    tokenizers = []
+    for part in folders:
+        # Without its files transformers makes an empty vocabulary and says nothing.
+        if missing := [name for name in ("vocab.json", "merges.txt") if not (part / name).is_file()]:
+            raise WeightsError(
+                f"{part / missing[0]}: no such file; a CLIP tokenizer has vocab.json and merges.txt"
+            )
+        try:
+            tokenizers.append(CLIPTokenizer.from_pretrained(part, local_files_only=True))
+        except Exception as error:  # the Rust tokenizers raise bare Exception
+            raise WeightsError(f"{part}: not a CLIP tokenizer ({str(error).splitlines()[0]})") from error
+    lengths = [tokenizer.model_max_length for tokenizer in tokenizers]
+    if len(set(lengths)) != 1 or lengths[0] > 100_000:
+        raise WeightsError(
+            f"{folder}: tokenizer_config.json must give all tokenizers one model_max_length, not {lengths}"
+        )
+    return tuple(tokenizers)
+
+
+def tokenize(
+    tokenizers: Sequence[CLIPTokenizer], prompts: Sequence[str], *, allow_empty: bool = False
+) -> Int[np.ndarray, "encoders batch length"]:
+    """Return each text encoder's token ids: start, prompt, end, then that tokenizer's padding.
+
+    Args:
+        tokenizers: from `load_tokenizers`.
+        prompts: one a picture.
+        allow_empty: for the unconditional prompt of classifier-free guidance.
+
+    Raises `MegError` for a prompt that is empty or longer than the model reads, and for words that a small
+    vocabulary does not have; nothing is cut off silently.
+    """
+    ids = []
+    for tokenizer in tokenizers:
+        limit = tokenizer.model_max_length
+        rows = tokenizer(list(prompts), padding=False, truncation=False, verbose=False)["input_ids"]
+        for prompt, row in zip(prompts, rows, strict=True):
+            if len(row) == 2 and not allow_empty:
+                raise MegError(f"prompt {prompt!r} is empty; describe the picture in 1 to {limit - 2} tokens")
+            if len(row) > limit:
+                shown = prompt if len(prompt) <= 40 else f"{prompt[:40]}..."
+                raise MegError(
+                    f"prompt {shown!r} has {len(row) - 2} tokens; at most {limit - 2} are allowed, shorten it"
+                )
+            if tokenizer.unk_token_id in row[1:-1]:
+                raise MegError(
+                    f"prompt {prompt!r}: unknown {_unknown(tokenizer, prompt)}; use the model's vocabulary"
+                )
+        ids.append([row + [tokenizer.pad_token_id] * (limit - len(row)) for row in rows])
+    return np.asarray(ids, np.int32)
+
+
+def _unknown(tokenizer: CLIPTokenizer, prompt: str) -> str:
+    encoded = tokenizer(prompt, return_offsets_mapping=True)
+    spans = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    words = [prompt[a:b] for token, (a, b) in list(spans)[1:-1] if token == tokenizer.unk_token_id]
+    return ", ".join(dict.fromkeys(map(repr, words)))

@@ -1,0 +1,131 @@
+"""A pipeline's folder in diffusers layout, local or from the Hugging Face hub, and its parts' configs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megjax.errors import WeightsError
+from megjax.weights import formats
+
+_ENCODER = ("CLIPTextModel", "FlaxCLIPTextModel")
+_TOKENIZER = ("CLIPTokenizer", "CLIPTokenizerFast")
+CLASSES = {
+    "text_encoder": _ENCODER,
+    "text_encoder_2": tuple(f"{name}WithProjection" for name in _ENCODER),
+    "unet": ("UNet2DConditionModel", "FlaxUNet2DConditionModel"),
+    "vae": ("AutoencoderKL", "FlaxAutoencoderKL"),
+    "tokenizer": _TOKENIZER,
+    "tokenizer_2": _TOKENIZER,
+    "scheduler": None,
+}
+"""The classes that each part may be of, by diffusers' names; None is any."""
+
+_MODELS = ("text_encoder", "text_encoder_2", "unet", "vae")
+_CONFIG_FILES = {
+    **dict.fromkeys(_MODELS, "config.json"),
+    **dict.fromkeys(("tokenizer", "tokenizer_2"), "tokenizer_config.json"),
+    "scheduler": "scheduler_config.json",
+}
+_OPTIONAL = ("text_encoder_2", "tokenizer_2")
+
+
+class ModelFolder(NamedTuple):
+    """A pipeline's folder.
+
+    Args:
+        path: local; a part's files lie in the sub-folder of its name.
+        index: what model_index.json holds.
+        configs: each part's parsed config; a part that the pipeline lacks (`text_encoder_2`) is absent.
+    """
+
+    path: Path
+    index: dict[str, Any]
+    configs: dict[str, dict[str, Any]]
+
+
+def open_folder(model: str | Path, *, variant: str | None = None) -> ModelFolder:
+    """Open a pipeline's folder in diffusers layout, downloading it first if `model` is a hub id.
+
+    Args:
+        model: path of a folder that holds model_index.json, or a hub id such as `org/name`, looked up
+            only if no such folder exists. `HF_HUB_OFFLINE=1` keeps to what is cached.
+        variant: of the weights to download, such as `fp16`.
+
+    Raises `WeightsError` if the folder, a part or its config is missing, or of a class that MegJAX lacks.
+    """
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        path = _download(str(model), variant)
+    index = formats.read_json(path / "model_index.json")
+    configs = {}
+    for part in CLASSES:
+        _, name = entry if isinstance(entry := index.get(part), list) and len(entry) == 2 else (None, None)
+        if name is None:
+            if part in _OPTIONAL:
+                continue
+            raise WeightsError(f"{path / 'model_index.json'}: names no {part}")
+        origin = path / part / _CONFIG_FILES[part]
+        configs[part] = formats.read_json(origin)
+        _check_class(path / "model_index.json", part, [name])
+        if part in _MODELS:
+            _check_class(
+                origin, part, configs[part].get("architectures") or [configs[part].get("_class_name")]
+            )
+            formats.find(path / part, variant)
+    return ModelFolder(path, index, configs)
+
+
+def _check_class(origin: Path, part: str, found: list[Any]) -> None:
+    allowed = CLASSES[part]
+    if allowed is not None and not any(name in allowed for name in found):
+        raise WeightsError(
+            f"{origin}: {part} is a {', '.join(map(str, found))}; expected {' or '.join(allowed)}"
+        )
+
+
+def _download(model: str, variant: str | None) -> Path:
+    """Fetch a hub repository's configs and one format of its weights; returns the local snapshot."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise WeightsError(
+            f"{model}: no such folder; expected a folder in diffusers layout or a hub id (org/name)"
+        )
+
+    def fetch(suffix: formats.Format, parts: list[str]) -> Path:
+        dotted = f".{variant}" if variant else ""
+        weights = [f"{part}/*{dotted}{tail}" for part in parts for tail in (f".{suffix}", f"-*.{suffix}")]
+        index = [f"{part}/*.index{dotted}.json" for part in parts]
+        # Repositories hold every variant; without one, names with a second dot are not wanted.
+        ignore = None if variant else [f"*.*.{suffix}", "*.index.*.json"]
+        configs = ["model_index.json", *(f"{part}/{file}" for part, file in _CONFIG_FILES.items())]
+        tokenizers = [f"tokenizer{n}/*.{kind}" for n in ("", "_2") for kind in ("json", "txt")]
+        patterns = [*configs, *tokenizers, *weights, *index]
+        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=ignore))
+
+    try:
+        path = fetch("safetensors", list(_MODELS))
+        lacking = [p for p in _MODELS if (path / p).is_dir() and not any((path / p).glob("*.safetensors"))]
+        return fetch("msgpack", lacking) if lacking else path
+    except GatedRepoError:
+        reason = (
+            "its owner must grant you access; accept its terms on the hub and log in with `hf auth login`"
+        )
+    except RepositoryNotFoundError:
+        reason = "no such folder, and no such repository on the hub"
+    except HFValidationError as error:
+        reason = f"no such folder, and not a hub id ({error})"
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        reason = "no such folder; not in the hub's cache either, and the hub is offline or cannot be reached"
+    except (HfHubHTTPError, OSError) as error:
+        reason = f"the download failed ({str(error).splitlines()[0]})"
+    raise WeightsError(f"{model}: {reason}")

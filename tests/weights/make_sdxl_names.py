@@ -1,0 +1,77 @@
+"""Write sdxl_names.npz: names and shapes of SDXL's tensors in the reference classes; no weights allocated.
+
+    python tests/weights/make_sdxl_names.py
+
+Needs the extra `parity`. The U-Net's and the VAE's Flax names come from diffusers 0.39.0, the last version
+that has Flax classes. Takes a minute.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from megjax import models
+
+CLIP_L = models.CLIPTextConfig()
+CLIP_G = models.CLIPTextConfig(
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=20,
+    hidden_act="gelu",
+    projection_dim=1280,
+    with_projection=True,
+)
+SDXL = {
+    "unet": models.UNetConfig(),
+    "vae": models.VAEConfig(),
+    "text_encoder": CLIP_L,
+    "text_encoder_2": CLIP_G,
+}
+
+
+def torch_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the PyTorch class's state dict, on the meta device."""
+    import diffusers
+    import torch
+    import transformers
+
+    raw = models.to_dict(config)
+    with torch.device("meta"):
+        if name := raw.get("_class_name"):
+            module = getattr(diffusers, name).from_config(raw)
+        else:
+            name = raw["architectures"][0]
+            module = getattr(transformers, name)(transformers.CLIPTextConfig(**raw))
+    return {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+
+
+def flax_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the Flax diffusers class's parameters."""
+    import diffusers
+
+    raw = models.to_dict(config)
+    module = getattr(diffusers, f"Flax{raw['_class_name']}").from_config(raw)
+    module = module[0] if isinstance(module, tuple) else module
+    tree = jax.eval_shape(lambda key: module.init_weights(key), jax.random.PRNGKey(0))
+    return {"/".join(path): tuple(leaf.shape) for path, leaf in flatten_dict(tree).items()}
+
+
+def _lines(shapes: dict[str, tuple[int, ...]]) -> np.ndarray:
+    return np.array([f"{name} {'x'.join(map(str, shape))}" for name, shape in sorted(shapes.items())], bytes)
+
+
+def main() -> None:
+    """Write the file beside this script."""
+    found = {f"{part}_torch": _lines(torch_shapes(config)) for part, config in SDXL.items()}
+    found |= {f"{part}_flax": _lines(flax_shapes(SDXL[part])) for part in ("unet", "vae")}
+    np.savez_compressed(Path(__file__).with_name("sdxl_names.npz"), **found)
+
+
+if __name__ == "__main__":
+    main()
