@@ -106,17 +106,19 @@ def _match_round(x_NxD: Array, partition: Partition, count: Count, similarity: S
         return Matches(
             jnp.zeros(partition.source_A.shape, bool), jnp.zeros(partition.source_A.shape, jnp.int32)
         )
+    # A CPU wants blocks that stay in its cache, a GPU or TPU few large steps within its memory.
+    widest = max(64, 2**24 // partition.destination_B.shape[0])
     score_A, best_A = jax.lax.platform_dependent(
         x_NxD,
         partition,
-        cpu=partial(best_destination, similarity=similarity, block=2**18),
-        default=partial(best_destination, similarity=similarity, block=2**24),
+        cpu=partial(best_destination, similarity=similarity, width=64),
+        default=partial(best_destination, similarity=similarity, width=widest),
     )
     return Matches(highest(score_A, count), best_A)
 
 
 def best_destination(
-    x_NxD: Float[Array, "N D"], partition: Partition, similarity: Similarity, block: int
+    x_NxD: Float[Array, "N D"], partition: Partition, similarity: Similarity, width: int
 ) -> tuple[Float[Array, " A"], Int[Array, " A"]]:
     """Return each source's highest similarity, Eq. (15), and the destination that has it, the first of equal ones.
 
@@ -124,7 +126,7 @@ def best_destination(
         x_NxD: tokens.
         partition: their sources and destinations.
         similarity: see `match`.
-        block: most entries of S to hold at once.
+        width: sources to hold the similarities of at once.
     """
     # 16-bit tokens multiply exactly at the default precision of every backend, as long as they stay what they are:
     # their gain comes after the product.
@@ -151,7 +153,7 @@ def best_destination(
             score_K = score_K * of.scale_N
         return score_K if of.offset_N is None else score_K + of.offset_N, best_K
 
-    blocks = -(-sources * destinations // block)
+    blocks = -(-sources // width)
     if blocks == 1:
         return best_of_block(partition.source_A)
     width = -(-sources // blocks)
