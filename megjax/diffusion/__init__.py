@@ -1,16 +1,19 @@
 """Diffusion: the noise schedule, the solvers and their guidance."""
 
-from megjax.diffusion.ddim import Denoise, Schedule, ddim, ddim_timesteps, noised, schedule
-from megjax.diffusion.guidance import Conditioning, conditioned, guided
+from megjax.diffusion.ddim import Denoise, Schedule, Spacing, ddim, ddim_timesteps, noised, read_schedule, schedule
+from megjax.diffusion.guidance import Conditioning, conditioned, encode_text, guided
 
 __all__ = [
     "Conditioning",
     "Denoise",
     "Schedule",
+    "Spacing",
     "conditioned",
     "ddim",
     "ddim_timesteps",
+    "encode_text",
     "guided",
     "noised",
+    "read_schedule",
     "schedule",
 ]

@@ -63,7 +63,7 @@ def schedule(
 
 
 def read_schedule(path: str | Path) -> Schedule:
-    """Read diffusers' `scheduler_config.json`; raises `WeightsError` for what is no scaled-linear eps schedule."""
+    """Read diffusers' `scheduler_config.json`; raises `WeightsError` unless it is a scaled-linear eps schedule."""
     path = Path(path)
     try:
         raw = json.loads(path.read_text())
@@ -84,7 +84,7 @@ def read_schedule(path: str | Path) -> Schedule:
 def ddim_timesteps(
     sched: Schedule, steps: Int[Array, ""] | int, i: Int[Array, ...] | int
 ) -> tuple[Int[Array, ...], Int[Array, ...]]:
-    """The i-th of `steps` timesteps and the one that its step leads to, as diffusers' `DDIMScheduler` has them.
+    """The i-th of `steps` timesteps and the one after it, as in diffusers' `DDIMScheduler`.
 
     Args:
         sched: the schedule.

@@ -1,4 +1,4 @@
-"""Conditioning of the U-Net and classifier-free guidance."""
+"""Conditioning of the U-Net on text and sizes, and classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Int, Num
 
 from megjax.diffusion.ddim import Denoise
-from megjax.models import Network, Params, TokenMerge
+from megjax.models import Network, Params, TokenMerge, time_ids
 
 
 class Conditioning(NamedTuple):
@@ -24,6 +24,26 @@ class Conditioning(NamedTuple):
     text_BxLxE: Float[Array, "B L E"]
     pooled_BxP: Float[Array, "B P"]
     sizes_Bx6: Num[Array, "B 6"]
+
+
+def encode_text(
+    encoders: tuple[Network, Network],
+    params: tuple[Params, Params],
+    ids: tuple[Int[Array, "B L"], Int[Array, "B L"]],
+    size: tuple[int, int],
+) -> Conditioning:
+    """SDXL's conditioning: both penultimate hidden states side by side, and the second encoder's pooled output.
+
+    Args:
+        encoders: both text encoders.
+        params: theirs.
+        ids: token ids for each.
+        size: height and width of the picture; pixels.
+    """
+    (text_1, _), (text_2, pooled) = (
+        encoder(p, i) for encoder, p, i in zip(encoders, params, ids, strict=True)
+    )
+    return Conditioning(jnp.concatenate([text_1, text_2], axis=-1), pooled, time_ids(*size, len(pooled)))
 
 
 def conditioned(
@@ -41,14 +61,14 @@ def guided(
     guidance: Float[Array, ""] | float,
     token_merge: TokenMerge | None = None,
 ) -> Denoise:
-    """Classifier-free guidance, eps_u + g (eps_c - eps_u): both branches in one U-Net call of twice the batch.
+    """Classifier-free guidance, eps_u + g (eps_c - eps_u); both branches in one call of twice the batch.
 
     Args:
         unet: the U-Net.
         params: its parameters.
         condition: of the prompts.
         empty: of the empty or negative prompts.
-        guidance: g, traced; 1 is the conditional prediction (at twice its price: use `conditioned`).
+        guidance: g, traced; at 1 `conditioned` gives the same for half the price.
         token_merge: ToMe inside self-attention.
     """
     both = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), empty, condition)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from megjax.diffusion import Conditioning, Schedule, noised
-from megjax.models import Network, Params, time_ids
+from megjax.diffusion import Schedule, encode_text, noised
+from megjax.models import Network
 from megjax.training.step import Loss, Metrics
 
 MAX_WEIGHT = 30.0
@@ -25,26 +25,6 @@ class Captioned(NamedTuple):
 
     z0_NxHxWxC: Float[Array, "N H W C"]
     ids_NxL: Int[Array, "N L"]
-
-
-def encode_text(
-    encoders: tuple[Network, Network],
-    params: tuple[Params, Params],
-    ids: tuple[Int[Array, "B L"], Int[Array, "B L"]],
-    size: tuple[int, int],
-) -> Conditioning:
-    """SDXL's conditioning: both penultimate hidden states side by side, and the second encoder's pooled output.
-
-    Args:
-        encoders: both text encoders.
-        params: theirs.
-        ids: token ids for each.
-        size: height and width of the picture; pixels.
-    """
-    (text_1, _), (text_2, pooled) = (
-        encoder(p, i) for encoder, p, i in zip(encoders, params, ids, strict=True)
-    )
-    return Conditioning(jnp.concatenate([text_1, text_2], axis=-1), pooled, time_ids(*size, len(pooled)))
 
 
 def denoiser_loss(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,8 @@ from megjax.models import (
 )
 from megjax.training.denoiser import Captioned, denoiser_loss
 from megjax.training.loop import fit
-from megjax.training.step import adamw, init_state, make_step
-from megjax.training.vae import autoencoder_loss
+from megjax.training.step import Loss, Metrics, TrainState, adamw, init_state, make_step
+from megjax.training.vae import autoencoder_loss, decoder_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,12 @@ class PretrainConfig:
     text_encoder_2: CLIPTextConfig
     folder: Path = Path("runs/pretrain")
     """Where checkpoints, logs and the finished model go."""
+    stages: tuple[Literal["decoder", "denoiser"], ...] = ("decoder", "denoiser")
+    """What to train after the autoencoder: neither needs the other, so two processes may share the work."""
     seed: int = 0
     vae_steps: int = 1800
+    decoder_steps: int = 4000
+    """Further steps of the decoder alone."""
     vae_scenes: int = 12
     """Scenes in a batch of the autoencoder."""
     vae_crops: int = 4
@@ -66,10 +70,25 @@ def train_autoencoder(config: PretrainConfig, key: Key[Array, ""]) -> Params:
     """Stage one; returns the averaged parameters, `{"encoder": ..., "decoder": ...}`."""
     encoder, decoder = vae_encoder(config.vae), vae_decoder(config.vae)
     key_encoder, key_decoder, key_run = jax.random.split(key, 3)
-    optimizer = adamw(config.vae_learning_rate, config.vae_steps, warmup=100)
-    step = make_step(autoencoder_loss(encoder, decoder, config.kl_weight), optimizer, config.ema_decay)
+    params = {"encoder": encoder.init(key_encoder), "decoder": decoder.init(key_decoder)}
+    loss = autoencoder_loss(encoder, decoder, config.kl_weight)
+    return _fit_pictures(config, loss, params, key_run, config.vae_steps, "vae")
 
-    def step_on_scenes(state: Any, key: Any, crops: Any) -> Any:
+
+def train_decoder(config: PretrainConfig, autoencoder: Params, key: Key[Array, ""]) -> Params:
+    """Stage one and a half: the decoder goes on alone, while the U-Net may already learn the encoder's latents."""
+    loss = decoder_loss(vae_encoder(config.vae), vae_decoder(config.vae), autoencoder["encoder"])
+    return _fit_pictures(config, loss, autoencoder["decoder"], key, config.decoder_steps, "decoder")
+
+
+def _fit_pictures(
+    config: PretrainConfig, loss: Loss, params: Params, key: Key[Array, ""], steps: int, name: str
+) -> Params:
+    """Train on scenes, rendered inside the step, and crops of photographs."""
+    optimizer = adamw(config.vae_learning_rate, steps, warmup=100)
+    step = make_step(loss, optimizer, config.ema_decay)
+
+    def step_on_scenes(state: TrainState, key: Key[Array, ""], crops: Array) -> tuple[TrainState, Metrics]:
         key_scenes = jax.random.fold_in(jax.random.fold_in(key, state.step), 1)
         scenes = render(sample_scenes(key_scenes, config.vae_scenes), config.vae.sample_size)
         return step(state, key, jnp.concatenate([scenes, crops]))
@@ -80,15 +99,14 @@ def train_autoencoder(config: PretrainConfig, key: Key[Array, ""]) -> Params:
         rng = np.random.default_rng((config.seed, i))
         return random_crops(photos, rng, config.vae_crops, config.vae.sample_size)
 
-    params = {"encoder": encoder.init(key_encoder), "decoder": decoder.init(key_decoder)}
     state = fit(
         step_on_scenes,
         init_state(params, optimizer),
-        key=key_run,
-        steps=config.vae_steps,
+        key=key,
+        steps=steps,
         batch_at=crops_at,
         folder=config.folder,
-        name="vae",
+        name=name,
         checkpoint_every=config.checkpoint_every,
     )
     return state.ema

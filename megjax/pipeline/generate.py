@@ -1,0 +1,179 @@
+"""One request through the split: a prompt in, the device's picture and what it cost out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from megjax.errors import MegError
+from megjax.link.features import FeatureRules
+from megjax.link.payload import payload_bits
+from megjax.merging import token_grid
+from megjax.pipeline.load import Pipeline
+from megjax.pipeline.split import condition, decode, denoise, encode, send
+from megjax.text import tokenize
+
+REFERENCE_STEPS = 12
+"""T_max: the reference picture's steps (spec section 3)."""
+
+MAX_RATIO = {"default": 15 / 16, "paper": 1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to generate and how to send it.
+
+    Args:
+        prompt: what the picture shows.
+        negative_prompt: what guidance leads away from.
+        steps: denoising steps T.
+        ratio: merging ratio r.
+        psnr_db: of the features on the channel; `inf` is a perfect one.
+        guidance: of classifier-free guidance.
+        seed: of the noise, the partition and the channel.
+        rules: `default`, or `paper` for the authors' noise and layout.
+        strength: with a picture to start from, how far to leave it: 1 forgets it.
+        height: of the picture, pixels; None is the model's own.
+        width: likewise.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    steps: int = 8
+    ratio: float = 0.4
+    psnr_db: float = 10.0
+    guidance: float = 2.5
+    seed: int = 0
+    rules: FeatureRules = "default"
+    strength: float = 0.6
+    height: int | None = None
+    width: int | None = None
+
+
+class Generated(NamedTuple):
+    """The device's picture beside the clean reference.
+
+    Args:
+        image_HxWx3: what the device shows, in [0, 1].
+        reference_HxWx3: T = 12, same seed and guidance, nothing merged, perfect channel.
+        tokens: N - R, sent.
+        payload_bits: of the message, side information included.
+        mse: between both pictures.
+        psnr_db: the same in dB.
+    """
+
+    image_HxWx3: Float[np.ndarray, "H W 3"]
+    reference_HxWx3: Float[np.ndarray, "H W 3"]
+    tokens: int
+    payload_bits: int
+    mse: float
+    psnr_db: float
+
+
+def check(request: Request, pipeline: Pipeline) -> None:
+    """Refuse what cannot be generated.
+
+    Raises:
+        MegError: naming the value and what is allowed.
+    """
+    if request.rules not in get_args(FeatureRules):
+        raise MegError(f"rules {request.rules!r}: choose from {', '.join(get_args(FeatureRules))}")
+    longest = len(pipeline.schedule.abar)
+    if not 1 <= request.steps <= longest:
+        raise MegError(f"steps {request.steps}: from 1 to {longest} are allowed")
+    limit = MAX_RATIO[request.rules]
+    if not 0 <= request.ratio <= limit:
+        raise MegError(f"ratio {request.ratio}: from 0 to {limit} are allowed")
+    if math.isnan(request.psnr_db) or request.psnr_db == -math.inf:
+        raise MegError(f"psnr_db {request.psnr_db}: any number of dB is allowed, or inf for a perfect channel")
+    if not math.isfinite(request.guidance) or request.guidance < 0:
+        raise MegError(f"guidance {request.guidance}: finite numbers from 0 on are allowed")
+    if not 0 < request.strength <= 1:
+        raise MegError(f"strength {request.strength}: above 0, up to 1 is allowed")
+    if not 0 <= request.seed < 2**32:
+        raise MegError(f"seed {request.seed}: from 0 to {2**32 - 1} are allowed")
+    # Two latent pixels a token, and every level of the U-Net halves them once more.
+    multiple = pipeline.vae_decoder.config.downsampling * 2 ** max(
+        1, len(pipeline.unet.config.block_out_channels) - 1
+    )
+    for name in ("height", "width"):
+        value = getattr(request, name)
+        if value is not None and (value < multiple or value % multiple):
+            raise MegError(f"{name} {value}: multiples of {multiple} pixels are allowed")
+
+
+def generate(
+    pipeline: Pipeline,
+    request: Request,
+    init_image_HxWx3: Float[np.ndarray, "H W 3"] | None = None,
+    *,
+    on_stage: Callable[[str], None] = lambda _: None,
+) -> Generated:
+    """Generate one picture through the split, Eq. (8), and its clean reference.
+
+    Args:
+        pipeline: from `load_pipeline`.
+        request: what to generate.
+        init_image_HxWx3: picture in [0, 1] to start from (SDEdit); resized by the caller.
+        on_stage: told each stage before it runs.
+
+    Raises:
+        MegError: for a request that cannot be generated, see `check`, or a prompt too long or empty.
+    """
+    check(request, pipeline)
+    height, width = request.height or pipeline.image_size, request.width or pipeline.image_size
+    if init_image_HxWx3 is not None and init_image_HxWx3.shape != (height, width, 3):
+        raise MegError(f"the picture to start from is {init_image_HxWx3.shape}; resize it to {height, width, 3}")
+    ids = tokenize(pipeline.tokenizers, [request.prompt])
+    empty_ids = tokenize(pipeline.tokenizers, [request.negative_prompt], allow_empty=True)
+    params = pipeline.params
+
+    on_stage("text encoders")
+    prompt, empty = (
+        condition(pipeline, params, jnp.asarray(i), size=(height, width)) for i in (ids, empty_ids)
+    )
+    key_noise, key_link = jax.random.split(jax.random.key(request.seed))
+    config = pipeline.vae_decoder.config
+    latent = (1, height // config.downsampling, width // config.downsampling, config.latent_channels)
+    noise = jax.random.normal(key_noise, latent)
+    if init_image_HxWx3 is None:
+        start, strength = jnp.zeros(latent), 1.0
+    else:
+        on_stage("VAE encoder")
+        start = encode(pipeline, params["vae_encoder"], jnp.asarray(init_image_HxWx3, jnp.float32)[None])
+        strength = request.strength
+
+    def latents(steps: int) -> jax.Array:
+        on_stage(f"U-Net, {steps} steps")
+        guidance = request.guidance
+        return denoise(pipeline, params["unet"], noise, prompt, empty, steps, guidance, start, strength)
+
+    z = latents(request.steps)
+    on_stage("channel")
+    received = send(key_link, z, request.ratio, request.psnr_db, rules=request.rules)
+    on_stage("VAE decoder")
+    image = decode(pipeline, params["vae_decoder"], received.z_BxHxWxC)
+    reference_z = z if request.steps == REFERENCE_STEPS else latents(REFERENCE_STEPS)
+    on_stage("reference")
+    reference = decode(pipeline, params["vae_decoder"], reference_z)
+
+    image, reference = np.asarray(image[0]), np.asarray(reference[0])
+    mse = float(np.mean(np.square(image - reference), dtype=np.float64))
+    grid = token_grid(*latent[1:3])
+    bits = payload_bits(
+        float(min(request.ratio, MAX_RATIO[request.rules])),
+        grid[0] * grid[1],
+        4 * config.latent_channels,
+        rules=request.rules,
+        grid=grid,
+    )
+    return Generated(
+        image, reference, int(received.tokens_B[0]), int(bits), mse, -10 * math.log10(mse) if mse else math.inf
+    )

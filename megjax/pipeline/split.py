@@ -1,0 +1,120 @@
+"""The split itself, Eq. (8): y = decode(unmerge(channel(merge(denoise(x, T), r)))), as three compiled functions."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from megjax import merging
+from megjax.diffusion import Conditioning, ddim, ddim_timesteps, encode_text, guided, noised
+from megjax.link.features import FeatureRules, transmit
+from megjax.models import Params
+from megjax.pipeline.load import Pipeline
+
+
+class Received(NamedTuple):
+    """What the device makes of a message.
+
+    Args:
+        z_BxHxWxC: un-merged noisy latents.
+        tokens_B: tokens sent a picture, N - R.
+    """
+
+    z_BxHxWxC: Float[Array, "B H W C"]
+    tokens_B: Int[Array, "B"]
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("size",))
+def condition(
+    pipeline: Pipeline, params: dict[str, Params], ids_2xBxL: Int[Array, "2 B L"], *, size: tuple[int, int]
+) -> Conditioning:
+    """Run both text encoders.
+
+    Args:
+        pipeline: the networks.
+        params: `pipeline.params`.
+        ids_2xBxL: token ids for each encoder.
+        size: height and width of the pictures; pixels.
+    """
+    text_params = (params["text_encoder"], params["text_encoder_2"])
+    return encode_text(pipeline.text_encoders, text_params, (ids_2xBxL[0], ids_2xBxL[1]), size)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def denoise(
+    pipeline: Pipeline,
+    params: Params,
+    noise_BxHxWxC: Float[Array, "B H W C"],
+    prompt: Conditioning,
+    empty: Conditioning,
+    steps: Int[Array, ""] | int,
+    guidance: Float[Array, ""] | float,
+    start_BxHxWxC: Float[Array, "B H W C"],
+    strength: Float[Array, ""] | float,
+) -> Float[Array, "B H W C"]:
+    """Run the U-Net's T steps on the edge server; one executable for every T, guidance and strength.
+
+    Args:
+        pipeline: the networks and the schedule.
+        params: of the U-Net.
+        noise_BxHxWxC: unit Gaussian noise.
+        prompt: conditioning of the prompts.
+        empty: conditioning of the empty or negative prompts.
+        steps: T, traced.
+        guidance: of classifier-free guidance, traced.
+        start_BxHxWxC: latents of a picture to start from (SDEdit); any at strength 1.
+        strength: share of the steps that is run, traced; 1 starts from pure noise.
+    """
+    steps = jnp.asarray(steps, jnp.int32)
+    # As diffusers does: int(T s) of the T steps; the small term keeps 10 x 0.3 from being 2.9999.
+    run = jnp.clip(jnp.floor(steps * strength + 1e-4).astype(jnp.int32), 1, steps)
+    first = steps - run
+    t, _ = ddim_timesteps(pipeline.schedule, steps, first)
+    partly = noised(pipeline.schedule, start_BxHxWxC, noise_BxHxWxC, jnp.full(len(noise_BxHxWxC), t))
+    z = jnp.where(jnp.asarray(strength) >= 1.0, noise_BxHxWxC, partly)
+    return ddim(guided(pipeline.unet, params, prompt, empty, guidance), z, pipeline.schedule, steps, first)
+
+
+@functools.partial(jax.jit, static_argnames=("rules",))
+def send(
+    key: Key[Array, ""],
+    z_BxHxWxC: Float[Array, "B H W C"],
+    ratio: Float[Array, ""] | float,
+    psnr_db: Float[Array, ""] | float,
+    *,
+    rules: FeatureRules = "default",
+) -> Received:
+    """Merge, transmit and un-merge: Eqs. (15)-(19). One executable for every ratio and noise level.
+
+    Args:
+        key: of the partition and the noise.
+        z_BxHxWxC: latents.
+        ratio: r, traced: beyond what the rules can merge (15/16; `paper` 0.75) it is clipped.
+        psnr_db: of the features, traced; infinite is a perfect channel.
+        rules: `default`: 2 x 2 patches, up to two rounds, noise on unit-power symbols. `paper`: strips, one
+            round, noise of that standard deviation on un-normalised tokens.
+    """
+    layout = "patch" if rules == "default" else "strip"
+    key_partition, key_noise = jax.random.split(key)
+    grid = merging.token_grid(*z_BxHxWxC.shape[1:3])
+    tokens = merging.to_tokens(z_BxHxWxC, layout)
+    rounds = 2 if rules == "default" else 1
+    plan = merging.match(tokens, key_partition, jnp.asarray(ratio, jnp.float32), grid, rounds=rounds)
+    received = transmit(key_noise, merging.merge(tokens, plan), psnr_db, plan.count, rules=rules)
+    return Received(merging.from_tokens(merging.unmerge(received, plan), grid, layout), plan.count)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decode(pipeline: Pipeline, params: Params, z_BxHxWxC: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
+    """Run the device's decoder, Eq. (20); pictures clipped to [0, 1]."""
+    return jnp.clip(pipeline.vae_decoder(params, z_BxHxWxC), 0.0, 1.0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode(pipeline: Pipeline, params: Params, image_BxHxWx3: Float[Array, "B H W 3"]) -> Float[Array, "B h w c"]:
+    """Run the VAE encoder on pictures in [0, 1]; returns the mean of the normalised latents."""
+    return pipeline.vae_encoder(params, image_BxHxWx3)[0]
