@@ -1,8 +1,10 @@
-"""MEG-CVPO: constrained policy optimisation as inference, one compiled function of the whole run, Eqs. (25)-(47).
+"""MEG-CVPO: constrained policy optimisation as inference, one compiled function of the whole run, Eqs.
+(25)-(47).
 
-An epoch collects a few frames from many environment copies and makes a few updates; an update trains the critics on
-replayed frames, finds the best feasible re-weighting of the policy's own particles (E-step) and fits the policy to it
-(M-step). Environment copies come in groups; each group has its own limits, its own mean costs J and its own dual.
+An epoch collects a few frames from many environment copies and makes a few updates; an update trains the
+critics on replayed frames, finds the best feasible re-weighting of the policy's own particles (E-step) and
+fits the policy to it (M-step). Environment copies come in groups; each group has its own limits, its own mean
+costs J and its own dual.
 """
 
 from __future__ import annotations
@@ -17,15 +19,25 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from megjax.rl import networks
+from megjax.rl.algorithm import (
+    Algorithm,
+    PolicyParams,
+    Transition,
+    anneal,
+    collect,
+    per_group,
+    reset_copies,
+    whole_run,
+)
 from megjax.rl.env import Env
 from megjax.rl.estep import Dual, DualSolver, EStep, e_step_gradient, e_step_newton
 from megjax.rl.mstep import TrustRegion, m_step
 from megjax.rl.networks import Gaussian, Mlp, Moments, Squash
-from megjax.rl.replay import Transition, make_replay
+from megjax.rl.replay import make_replay
 from megjax.rl.targets import bootstrap, n_step
 
 Threshold: TypeAlias = Literal["advantage", "value"]
-"""What the E-step bounds: the change of the cost by d - J (advantage), or the whole return by d / (1 - gamma) (value)."""
+"""What the E-step bounds: the change of the cost by d - J, or the whole return by d / (1 - gamma)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +67,13 @@ class CvpoConfig:
     hidden: tuple[int, ...] = (64, 64)
     shared_critic: bool = True
     """One trunk with an output for the reward and each cost, or a network each (the paper)."""
-    harmonics: int = 16
-    """Cosines of each action that the critics see besides the action itself."""
+    knots: int = 32
+    """Hat functions of each action that the critics see besides the action itself."""
     centred: bool = True
-    """Critics of rewards and costs less their running means: the same advantages without a large constant to learn."""
+    """Critics of signals less their running means: the same advantages without a large constant to learn."""
     critic_lr: float = 1e-3
-    actor_lr: float = 1e-3
-    final_lr_share: float = 0.1
+    actor_lr: float = 3e-4
+    final_lr_share: float = 0.01
     """Both learning rates end at this share of their start, along a cosine."""
     kl_bound: float = 0.1
     """eps_E."""
@@ -78,14 +90,13 @@ class CvpoConfig:
     """Gain an update of the sum of d - J: removes what bias in the critics leaves."""
     mean_memory: float = 10.0
     """Epochs over which J is averaged."""
-    trust_region: TrustRegion = TrustRegion(0.005, 0.0005, 0.0, 0.5, 1, True, 1.0)
+    trust_region: TrustRegion = dataclasses.field(default_factory=TrustRegion)
     std_start: tuple[float, float] = (0.3, 0.3)
     """Lowest and highest standard deviation of the policy at the start."""
     std_end: tuple[float, float] = (0.02, 0.02)
     std_anneal: float = 0.7
     """Share of the run over which the bounds go, geometrically, from start to end."""
     squash: Squash = "none"
-    activation: Literal["relu"] = "relu"
 
 
 class CvpoState(NamedTuple):
@@ -98,7 +109,7 @@ class CvpoState(NamedTuple):
     replay: Any
     actor: Mlp
     actor_opt: optax.OptState
-    beta: Float[Array, "2"]
+    beta: Float[Array, " 2"]
     critics: tuple[Mlp, ...]
     target_critics: tuple[Mlp, ...]
     critic_opt: optax.OptState
@@ -107,28 +118,6 @@ class CvpoState(NamedTuple):
     mean_signal: Float[Array, "G q"]
     """J: running mean reward and costs per frame of the behaviour policy."""
     integral: Float[Array, "G m"]
-
-
-class Algorithm(NamedTuple):
-    """A learner: pure functions that jit, vmap and scan."""
-
-    init: Callable[[PRNGKeyArray, Any], Any]
-    """(key, params) -> state."""
-    epoch: Callable[[PRNGKeyArray, Any, Any], tuple[Any, dict[str, Array]]]
-    """(key, state, params) -> (state, metrics); the key is the run's, the state knows its step."""
-    policy: Callable[[Any], tuple[Mlp, Moments, tuple[Array, Array]]]
-    """state -> the policy as of now."""
-    epochs: int
-
-
-def std_range(config: CvpoConfig, step: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Return the policy's lowest and highest standard deviation at an epoch."""
-    progress = jnp.minimum(step / max(1.0, config.std_anneal * config.epochs), 1.0)
-
-    def between(start: float, end: float) -> Array:
-        return start * (end / start) ** progress
-
-    return between(config.std_start[0], config.std_end[0]), between(config.std_start[1], config.std_end[1])
 
 
 def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
@@ -145,31 +134,33 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
     )
     updates = config.epochs * config.updates_per_epoch
     actor_optimizer = optax.adam(
-        optax.cosine_decay_schedule(config.actor_lr, updates * config.trust_region.iterations, config.final_lr_share)
+        optax.cosine_decay_schedule(
+            config.actor_lr, updates * config.trust_region.iterations, config.final_lr_share
+        )
     )
-    critic_optimizer = optax.adam(optax.cosine_decay_schedule(config.critic_lr, updates, config.final_lr_share))
+    critic_optimizer = optax.adam(
+        optax.cosine_decay_schedule(config.critic_lr, updates, config.final_lr_share)
+    )
     outputs = (q,) if config.shared_critic else (1,) * q
     solve = jax.vmap(_dual_solver(config), in_axes=(0, 0, 0, 0))
 
+    def std_range(step: Array) -> tuple[Array, Array]:
+        return anneal(config.std_start, config.std_end, step / max(1.0, config.std_anneal * config.epochs))
+
     def policy_at(actor: Mlp, observation: Array, step: Array) -> Gaussian:
-        return networks.policy(actor, observation, std_range(config, step), config.squash)
+        return networks.policy(actor, observation, std_range(step), config.squash)
 
     def init(key: PRNGKeyArray, params: Any) -> CvpoState:
-        keys = jax.random.split(key, 3)
-        params = _per_group(params, groups)
-        env_keys = jax.random.split(keys[0], (groups, config.envs))
-        observation, env_state = jax.vmap(jax.vmap(env.reset, (0, None)))(env_keys, params)
-        hidden = config.hidden
-        actor = networks.init_policy(keys[1], env.observation_size, env.action_size, hidden)
-        critics = networks.init_critics(
-            keys[2], env.observation_size, env.action_size, hidden, outputs, config.harmonics
-        )
-        moments = networks.init_moments(env.observation_size)
+        env_key, actor_key, critic_key = jax.random.split(key, 3)
+        observation, env_state = reset_copies(env_key, env, per_group(params, groups), groups, config.envs)
+        size, actions, hidden = env.observation_size, env.action_size, config.hidden
+        actor = networks.init_policy(actor_key, size, actions, hidden)
+        critics = networks.init_critics(critic_key, size, actions, hidden, outputs, config.knots)
         return CvpoState(
             step=jnp.zeros((), jnp.int32),
             env_state=env_state,
             observation=observation,
-            moments=moments,
+            moments=networks.init_moments(size),
             replay=replay.init(),
             actor=actor,
             actor_opt=actor_optimizer.init(actor),
@@ -182,34 +173,30 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
             integral=jnp.zeros((groups, m)),
         )
 
-    def collect(key: PRNGKeyArray, state: CvpoState, params: Any) -> tuple[CvpoState, Transition]:
-        """Return the state after `collect_steps` frames of every copy, and those frames [G, E, T, ...]."""
+    def gather(key: PRNGKeyArray, state: CvpoState, params: Any) -> tuple[CvpoState, Transition]:
+        """Return the state after an epoch's frames, with those in its replay and averages, and the frames."""
 
-        def frame(carry: tuple, key: PRNGKeyArray) -> tuple[tuple, Transition]:
-            env_state, observation = carry
-            action_key, env_key = jax.random.split(key)
-            gaussian = policy_at(state.actor, networks.normalise(state.moments, observation), state.step)
-            action = networks.sample(action_key, gaussian)
-            env_keys = jax.random.split(env_key, (groups, config.envs))
-            step = jax.vmap(jax.vmap(env.step, (0, 0, 0, None)))
-            next_observation, env_state, reward, terminated, truncated, info = step(env_keys, env_state, action, params)
-            signal = jnp.concatenate([reward[..., None], info["cost"]], axis=-1)
-            seen = Transition(observation, action, signal, terminated, truncated, info["final_observation"])
-            return (env_state, next_observation), seen
+        def act(observation: Array) -> Gaussian:
+            return policy_at(state.actor, networks.normalise(state.moments, observation), state.step)
 
-        keys = jax.random.split(key, config.collect_steps)
-        (env_state, observation), seen = jax.lax.scan(frame, (state.env_state, state.observation), keys)
+        env_state, observation, seen = collect(
+            key, env, act, state.env_state, state.observation, params, config.collect_steps
+        )
         moments = networks.update_moments(state.moments, seen.observation.reshape(-1, env.observation_size))
-        seen = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), seen)
         batch_mean = jnp.mean(seen.signal, axis=(1, 2))
         share = jnp.maximum(1.0 / (state.step + 1.0), 1.0 / config.mean_memory)
         mean_signal = state.mean_signal + share * (batch_mean - state.mean_signal)
+        gap = params.limits - mean_signal[:, 1:]
+        # Anti-windup: the integral may ask for no more than the feedback asks of a gap of a tenth of the
+        # limit.
+        bound = 0.1 * config.feedback * jnp.abs(params.limits)
         state = state._replace(
             env_state=env_state,
             observation=observation,
             moments=moments,
             replay=replay.add(state.replay, seen),
             mean_signal=mean_signal,
+            integral=jnp.clip(state.integral + config.integral * gap, -bound, bound),
         )
         return state, seen
 
@@ -221,13 +208,13 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
         stretch = n_step(flat.signal, flat.terminated, flat.truncated, flat.successor, config.discount)
         successor = networks.normalise(state.moments, stretch.successor)
         next_action = networks.sample(key, policy_at(state.actor, successor, state.step))
-        next_value = networks.critics(state.target_critics, successor, next_action, config.harmonics)
+        next_value = networks.critics(state.target_critics, successor, next_action, config.knots)
         terminal = jnp.repeat(-centre_GxQ / (1.0 - config.discount), config.critic_batch, axis=0)
         target = bootstrap(stretch, next_value, terminal)
         observation = networks.normalise(state.moments, flat.observation[:, 0])
 
         def loss_of(critics: tuple[Mlp, ...]) -> Array:
-            value = networks.critics(critics, observation, flat.action[:, 0], config.harmonics)
+            value = networks.critics(critics, observation, flat.action[:, 0], config.knots)
             return jnp.sum(jnp.mean((value - target) ** 2, axis=0))
 
         loss, gradient = jax.value_and_grad(loss_of)(state.critics)
@@ -245,7 +232,7 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
         old = policy_at(state.actor, flat, state.step)
         noise = jax.random.normal(key, (flat.shape[0], config.particles, env.action_size))
         particles = old.mean[:, None, :] + old.std[:, None, :] * noise
-        values = networks.critics(state.target_critics, flat, particles, config.harmonics)
+        values = networks.critics(state.target_critics, flat, particles, config.knots)
         values = values.reshape(groups, states, config.particles, q)
         reward, cost = values[..., 0], values[..., 1:]
         if config.threshold == "advantage":
@@ -265,68 +252,52 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
             actor_optimizer,
             config.trust_region,
         )
-        state = state._replace(actor=fitted.params, actor_opt=fitted.opt_state, beta=fitted.beta, dual=found.dual)
+        state = state._replace(
+            actor=fitted.params, actor_opt=fitted.opt_state, beta=fitted.beta, dual=found.dual
+        )
         return state, found, fitted.kl
 
     def epoch(key: PRNGKeyArray, state: CvpoState, params: Any) -> tuple[CvpoState, dict[str, Array]]:
-        params = _per_group(params, groups)
+        params = per_group(params, groups)
         keys = jax.random.split(jax.random.fold_in(key, state.step), 1 + config.updates_per_epoch)
-        state, seen = collect(keys[0], state, params)
-        gap = params.limits - state.mean_signal[:, 1:]
-        # Anti-windup: the integral may ask for no more than the feedback asks of a gap of a tenth of the limit.
-        bound = 0.1 * config.feedback * jnp.abs(params.limits)
-        state = state._replace(integral=jnp.clip(state.integral + config.integral * gap, -bound, bound))
+        state, seen = gather(keys[0], state, params)
 
-        def update(state: CvpoState, key: PRNGKeyArray) -> tuple[CvpoState, tuple]:
+        def update(state: CvpoState, key: PRNGKeyArray) -> tuple[CvpoState, dict[str, Array]]:
             sample_key, critic_key, policy_key = jax.random.split(key, 3)
             batch = replay.sample(state.replay, sample_key)
             state, loss = train_critics(critic_key, state, batch)
             states = batch.observation[:, : config.policy_batch, 0]
             state, found, kl = improve(policy_key, state, states, params.limits)
-            return state, (loss, kl, found.kkt, found.iterations)
+            report = {
+                "critic_loss": loss,
+                "kl": kl,
+                "kkt": jnp.max(found.kkt),
+                "dual_iterations": jnp.mean(found.iterations.astype(loss.dtype)),
+            }
+            return state, report
 
-        state, (loss, kl, kkt, iterations) = jax.lax.scan(update, state, keys[1:])
-        metrics = {
+        state, report = jax.lax.scan(update, state, keys[1:])
+        metrics = jax.tree.map(lambda x: jnp.mean(x, axis=0), report) | {
             "reward": jnp.mean(seen.signal[..., 0], axis=(1, 2)),
             "cost": jnp.mean(seen.signal[..., 1:], axis=(1, 2)),
             "mean_signal": state.mean_signal,
             "eta": state.dual.eta,
             "lam": state.dual.lam,
-            "kl": jnp.mean(kl, axis=0),
-            "kkt": jnp.max(kkt),
-            "dual_iterations": jnp.mean(iterations.astype(jnp.float32)),
-            "critic_loss": jnp.mean(loss),
-            "std": jnp.stack(std_range(config, state.step)),
+            "std": jnp.stack(std_range(state.step)),
         }
         return state._replace(step=state.step + 1), metrics
 
-    def policy(state: CvpoState) -> tuple[Mlp, Moments, tuple[Array, Array]]:
-        return state.actor, state.moments, std_range(config, state.step)
+    def policy(state: CvpoState) -> PolicyParams:
+        return PolicyParams(state.actor, state.moments, std_range(state.step))
 
     return Algorithm(init, epoch, policy, config.epochs)
 
 
-def make_train(config: CvpoConfig, env: Env) -> Callable[[PRNGKeyArray, Any], tuple[CvpoState, dict[str, Array]]]:
-    """Return the whole run as one function of (key, params) that jits and vmaps: limits, budgets and seeds are traced."""
+def make_train(
+    config: CvpoConfig, env: Env
+) -> Callable[[PRNGKeyArray, Any], tuple[CvpoState, dict[str, Array]]]:
+    """Return the whole run as a function of (key, params): it jits and vmaps; limits and seeds are traced."""
     return whole_run(make_cvpo(config, env))
-
-
-def whole_run(algorithm: Algorithm) -> Callable[[PRNGKeyArray, Any], tuple[Any, dict[str, Array]]]:
-    """Return (key, params) -> (final state, metrics of every epoch)."""
-
-    def train(key: PRNGKeyArray, params: Any) -> tuple[Any, dict[str, Array]]:
-        init_key, run_key = jax.random.split(key)
-        state = algorithm.init(init_key, params)
-        return jax.lax.scan(lambda s, _: algorithm.epoch(run_key, s, params), state, None, algorithm.epochs)
-
-    return train
-
-
-def _per_group(params: Any, groups: int) -> Any:
-    """Return the parameters with the groups as leading axis of every number; limits [G, m] differ, [m] are shared."""
-    limits = jnp.atleast_2d(jnp.asarray(params.limits, jnp.result_type(float)))
-    limits = jnp.broadcast_to(limits, (groups, limits.shape[1]))
-    return jax.vmap(lambda own: dataclasses.replace(params, limits=own))(limits)
 
 
 def _dual_solver(config: CvpoConfig) -> Callable[[Array, Array, Array, Dual], EStep]:
@@ -334,7 +305,13 @@ def _dual_solver(config: CvpoConfig) -> Callable[[Array, Array, Array, Dual], ES
 
         def newton(reward: Array, cost: Array, threshold: Array, initial: Dual) -> EStep:
             return e_step_newton(
-                reward, cost, threshold, config.kl_bound, initial, max_iterations=config.dual_iterations, tolerance=1e-4
+                reward,
+                cost,
+                threshold,
+                config.kl_bound,
+                initial,
+                max_iterations=config.dual_iterations,
+                tolerance=1e-4,
             )
 
         return newton

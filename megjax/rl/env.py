@@ -1,7 +1,7 @@
 """The constrained MDP of Eqs. (22)-(23) under gymnax 1.0's functional contract: pure `reset` and `step`.
 
-One environment, one frame a step. `jax.vmap` over keys (and over `EnvParams`, whose every number may be traced) makes
-many. An episode of 64 frames only ever ends by truncation.
+One environment, one frame a step. `jax.vmap` over keys (and over `EnvParams`, whose every number may be
+traced) makes many. An episode of 64 frames only ever ends by truncation.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ANALYTIC_COMPUTE = Compute(
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields="limits compute link psnr_db min_steps max_steps max_steps_in_episode".split(),
+    data_fields=["limits", "compute", "link", "psnr_db", "min_steps", "max_steps", "max_steps_in_episode"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -53,6 +53,10 @@ class EnvParams:
     max_steps_in_episode: Real = 64
 
 
+REFERENCE = EnvParams()
+"""The reference problem `analytic` under 3 s and 1.8 kJ a frame."""
+
+
 class EnvState(NamedTuple):
     """The state of one environment."""
 
@@ -61,7 +65,7 @@ class EnvState(NamedTuple):
     """P h_n / sigma^2, linear."""
     fading: Complex[Array, ""]
     """The scattered gain behind `snr`; unused without small-scale fading."""
-    costs: Float[Array, "2"]
+    costs: Float[Array, " 2"]
     """L_{n-1} (s) and E_{n-1} (kJ); 0 in the first frame."""
 
 
@@ -73,8 +77,8 @@ class Env(NamedTuple):
     step: Callable[..., tuple[Array, Any, Array, Array, Array, dict[str, Array]]]
     """(key, state, action, params) -> (observation, state, reward, terminated, truncated, info).
 
-    Resets by itself when an episode ends; `info` holds `cost` [m] and `final_observation`, the successor state before any
-    reset, which is what a value function has to bootstrap from.
+    Resets by itself when an episode ends; `info` holds `cost` [m] and `final_observation`, the successor
+    state before any reset, which is what a value function has to bootstrap from.
     """
     observation_size: int
     action_size: int
@@ -87,19 +91,23 @@ def denoising_steps(action: Float[Array, "*b"], params: EnvParams) -> Float[Arra
     return jnp.minimum(steps, params.max_steps)
 
 
-def action_of(steps: Real, ratio: Real, params: EnvParams = EnvParams()) -> Float[Array, "2"]:
+def action_of(steps: Real, ratio: Real, params: EnvParams = REFERENCE) -> Float[Array, " 2"]:
     """Return the action in the middle of those that mean T steps and ratio r."""
     levels = params.max_steps - params.min_steps + 1
     return jnp.stack([(jnp.asarray(steps) - params.min_steps + 0.5) / levels, jnp.asarray(ratio, float)])
 
 
 def analytic_payload(ratio: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """Return the reference problem's payload: 65536 values of 16 bits, one symbol for each 16-value token merged."""
+    """Return the reference problem's bits: 65536 16-bit values, one symbol for each 16-value token merged."""
     return 65536 * 16 * ((1.0 - ratio) + ratio / 16)
 
 
 def step_cost(
-    steps: Float[Array, ""], ratio: Float[Array, ""], snr: Float[Array, ""], params: EnvParams, payload: Payload
+    steps: Float[Array, ""],
+    ratio: Float[Array, ""],
+    snr: Float[Array, ""],
+    params: EnvParams,
+    payload: Payload,
 ) -> FrameCost:
     """Return every part of one frame's latency and energy, Eqs. (1)-(7), at channel state `snr` (linear)."""
     power_w = channel.from_db(params.link.tx_power_dbm - 30.0)
@@ -130,19 +138,25 @@ def make_env(
 
     def draw_snr(key: PRNGKeyArray, fading: Complex[Array, ""], params: EnvParams) -> Float[Array, ""]:
         distance_m = channel.sample_distance_m(key, params.link)
-        shadowing_db = channel.sample_shadowing_db(jax.random.fold_in(key, 1), params.link) if shadowing else 0.0
+        shadowing_db = (
+            channel.sample_shadowing_db(jax.random.fold_in(key, 1), params.link) if shadowing else 0.0
+        )
         return channel.snr(distance_m, channel.fading_power(fading, params.link), shadowing_db, params.link)
 
     def reset(key: PRNGKeyArray, params: EnvParams) -> tuple[Float[Array, " o"], EnvState]:
         still = jnp.zeros((), jnp.complex64)
         fading = still if params.link.fading == "none" else channel.sample_fading(jax.random.fold_in(key, 2))
         zero = jnp.zeros(2)
-        state = EnvState(jnp.zeros((), jnp.int32), draw_snr(key, fading, params).astype(zero.dtype), fading, zero)
+        state = EnvState(
+            jnp.zeros((), jnp.int32), draw_snr(key, fading, params).astype(zero.dtype), fading, zero
+        )
         return observation(state, params), state
 
     def step(
-        key: PRNGKeyArray, state: EnvState, action: Float[Array, "2"], params: EnvParams
-    ) -> tuple[Float[Array, " o"], EnvState, Float[Array, ""], Bool[Array, ""], Bool[Array, ""], dict[str, Any]]:
+        key: PRNGKeyArray, state: EnvState, action: Float[Array, " 2"], params: EnvParams
+    ) -> tuple[
+        Float[Array, " o"], EnvState, Float[Array, ""], Bool[Array, ""], Bool[Array, ""], dict[str, Any]
+    ]:
         action = jnp.clip(action, 0.0, 1.0)
         steps = denoising_steps(action[0], params)
         ratio = action[1]
@@ -151,7 +165,8 @@ def make_env(
         costs = jnp.stack([cost.latency_s, cost.energy_j / 1000.0])
 
         reset_observation, reset_state = reset(key, params)
-        # Only one of the two draws of the channel is used, so they may share the key; without fading they are one draw.
+        # Only one of the two draws of the channel is used, so they may share the key; without fading they are
+        # one draw.
         fading, snr = reset_state.fading, reset_state.snr
         if params.link.fading != "none":
             fading = channel.next_fading(jax.random.fold_in(key, 3), state.fading, params.link)
@@ -159,7 +174,13 @@ def make_env(
         next_state = EnvState(state.time + 1, snr, fading, costs)
         next_observation = observation(next_state, params)
         truncated = next_state.time >= params.max_steps_in_episode
-        info = {"cost": costs, "final_observation": next_observation, "steps": steps, "ratio": ratio, "mse": mse}
+        info = {
+            "cost": costs,
+            "final_observation": next_observation,
+            "steps": steps,
+            "ratio": ratio,
+            "mse": mse,
+        }
         state, obs = jax.tree.map(
             lambda ended, going: jnp.where(truncated, ended, going),
             (reset_state, reset_observation),

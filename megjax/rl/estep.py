@@ -1,10 +1,12 @@
-"""The E-step of MEG-CVPO: the best feasible re-weighting of the particles, through its convex dual, Eqs. (32)-(41).
+"""The E-step of MEG-CVPO: the best feasible re-weighting of the particles, through its convex dual, Eqs.
+(32)-(41).
 
 Over the particles a_k ~ pi_old(.|s) of a batch of states, q maximises E_q[Q_r] subject to E_q[Q_i] <= c_i and
 KL(q || pi_old) <= eps. Its dual has one variable for the KL bound (eta) and one for each constraint (lam_i):
 
-    g(eta, lam) = eta eps + sum_i lam_i c_i + eta mean_s log mean_k exp(A_k / eta),  A_k = Q_r - sum_i lam_i Q_i   (40)
-    q_k(s) = softmax_k(A_k / eta)                                                                         (38)-(39)
+    g(eta, lam) = eta eps + sum_i lam_i c_i + eta mean_s log mean_k exp(A_k / eta),  A_k = Q_r - sum_i lam_i
+    Q_i   (40) q_k(s) = softmax_k(A_k / eta)
+    (38)-(39)
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ def dual_value(
 def particle_weights(
     dual: Dual, reward_SxK: Float[Array, "S K"], cost_SxKxM: Float[Array, "S K m"]
 ) -> Float[Array, "S K"]:
-    """Return q of Eqs. (38)-(39). The multipliers act here once, on Q tables that nothing else has changed."""
+    """Return q of Eqs. (38)-(39). The multipliers act once, on Q tables that nothing else has changed."""
     return jax.nn.softmax((reward_SxK - cost_SxKxM @ dual.lam) / dual.eta, axis=1)
 
 
@@ -74,8 +76,9 @@ def e_step_newton(
 ) -> EStep:
     """Return the re-weighting of Eqs. (38)-(41), the dual solved by a projected Newton method.
 
-    Any number of constraints. Where the KL bound forbids every feasible q, the multipliers run to their bound and q becomes
-    the cheapest one inside the KL bound: the steepest cost descent, finite and without overflow.
+    Any number of constraints. Where the KL bound forbids every feasible q, the multipliers run to their bound
+    and q becomes the cheapest one inside the KL bound: the steepest cost descent, finite and without
+    overflow.
 
     Args:
         reward_SxK: Q_r of each state's particles.
@@ -90,7 +93,8 @@ def e_step_newton(
     dtype = reward_SxK.dtype
     tolerance = (1e-10 if dtype == jnp.float64 else 1e-5) if tolerance is None else tolerance
     kl_bound = jnp.asarray(kl_bound, dtype)
-    # Centred and scaled tables: constants per state do not change q, and all variables come out of the order of 1.
+    # Centred and scaled tables: constants per state do not change q, and all variables come out of the order
+    # of 1.
     reward_mean = jnp.mean(reward_SxK, axis=1, keepdims=True)
     cost_mean = jnp.mean(cost_SxKxM, axis=1, keepdims=True)
     reward, cost = reward_SxK - reward_mean, cost_SxKxM - cost_mean
@@ -139,8 +143,8 @@ def e_step_newton(
         diagonal = jnp.maximum(jnp.diagonal(hessian), jnp.finfo(dtype).tiny ** 0.5)
         matrix = jnp.where(both, hessian, 0.0) + jnp.diag(jnp.where(free, damping * diagonal, 1.0))
         direction = _solve_spd(matrix, jnp.where(free, -gradient, 0.0))
-        # eta must stay positive and g bends sharply towards 0; growth is bounded because g is nearly flat along
-        # (eta, lam) together, which is where an infeasible problem runs to.
+        # eta must stay positive and g bends sharply towards 0; growth is bounded because g is nearly flat
+        # along (eta, lam) together, which is where an infeasible problem runs to.
         candidate = jnp.clip(x + direction, lower, upper)
         candidate = candidate.at[0].set(jnp.clip(candidate[0], 0.2 * x[0], 20.0 * x[0]))
         candidate = jnp.clip(candidate, lower, upper)
@@ -151,7 +155,9 @@ def e_step_newton(
         closer = jnp.max(jnp.abs(residual(candidate, there[1]))) < jnp.max(jnp.abs(residual(x, gradient)))
         accept = (better | ((there[0] <= value + noise) & closer)) & jnp.isfinite(there[0])
         here, x = jax.tree.map(lambda new, old: jnp.where(accept, new, old), (there, candidate), (here, x))
-        damping = jnp.clip(jnp.where(accept, damping * 0.1, damping * 8.0), 1e-9 if dtype == jnp.float64 else 1e-6, 1e9)
+        damping = jnp.clip(
+            jnp.where(accept, damping * 0.1, damping * 8.0), 1e-9 if dtype == jnp.float64 else 1e-6, 1e9
+        )
         return accept, here, x, damping, iteration + 1
 
     start_eta = jax.lax.rsqrt(2.0 * kl_bound)  # exact for normal advantages and small bounds
@@ -160,7 +166,11 @@ def e_step_newton(
         warm = jnp.concatenate([(initial.eta / reward_scale)[None], initial.lam * cost_scale / reward_scale])
         start = jnp.where(jnp.all(jnp.isfinite(warm)), warm, start)
         # After an infeasible batch the way back from the bounds would cost more than a fresh start.
-        start = jnp.where(jnp.max(warm[1:], initial=0.0) > 1e2, jnp.concatenate([start_eta[None], jnp.zeros(m, dtype)]), start)
+        start = jnp.where(
+            jnp.max(warm[1:], initial=0.0) > 1e2,
+            jnp.concatenate([start_eta[None], jnp.zeros(m, dtype)]),
+            start,
+        )
     start = jnp.clip(start, lower, upper)
     carry = (jnp.array(True), evaluate(start), start, jnp.asarray(1e-4, dtype), jnp.zeros((), jnp.int32))
     _, (_, gradient, _), x, _, iterations = jax.lax.while_loop(proceed, body, carry)
@@ -201,20 +211,22 @@ def e_step_gradient(
 
     (dual, _), _ = jax.lax.scan(step, (dual, optimizer.init(dual)), None, length=iterations)
     gradient = gradient_of(dual, reward_SxK, cost_SxKxM, threshold, kl_bound)
-    kkt = jnp.maximum(jnp.abs(gradient.eta), jnp.max(jnp.where(dual.lam > 0, jnp.abs(gradient.lam), -gradient.lam)))
+    kkt = jnp.maximum(
+        jnp.abs(gradient.eta), jnp.max(jnp.where(dual.lam > 0, jnp.abs(gradient.lam), -gradient.lam))
+    )
     weights = particle_weights(dual, reward_SxK, cost_SxKxM)
     return EStep(weights, dual, jnp.maximum(kkt, 0.0), jnp.asarray(iterations, jnp.int32))
 
 
 def _spread(centred: Array, mean: Array, axis: tuple[int, ...] | None = None) -> Array:
-    """Return the root mean square, kept away from 0 so that a constant table divides to zeros, not to noise."""
+    """Return the root mean square, kept off 0 so that a constant table divides to zeros, not to noise."""
     rms = jnp.sqrt(jnp.mean(centred**2, axis=axis))
     size = jnp.sqrt(jnp.mean(mean**2, axis=axis))
     return jnp.maximum(rms, 4 * jnp.finfo(rms.dtype).eps * size + jnp.finfo(rms.dtype).tiny ** 0.5)
 
 
 def _solve_spd(matrix: Float[Array, "n n"], right: Float[Array, " n"]) -> Float[Array, " n"]:
-    """Solve a tiny positive definite system by elimination, unrolled: a LAPACK call costs more, and batches badly."""
+    """Solve a tiny positive definite system by unrolled elimination: LAPACK calls cost more and batch badly."""
     n = right.shape[0]
     rows = jnp.concatenate([matrix, right[:, None]], axis=1)
     for i in range(n):

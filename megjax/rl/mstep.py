@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -16,20 +17,21 @@ PolicyFn: TypeAlias = Callable[[PyTree], Gaussian]
 """Policy parameters -> pi(.|s) on the batch's states."""
 
 
-class TrustRegion(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class TrustRegion:
     """Bounds and dual steps of the M-step."""
 
-    mean_bound: float
+    mean_bound: float = 0.005
     """eps_mu."""
-    std_bound: float
+    std_bound: float = 0.0005
     """eps_std."""
-    dual_lr: float
-    dual_max: float
-    iterations: int
-    project: bool
-    """Scale the parameters' step back wherever it leaves the trust region, instead of trusting the duals alone."""
-    box_penalty: float
-    """Weight of the squared distance of the mean from the box [0, 1], in which alone a mean means something."""
+    dual_lr: float = 0.0
+    dual_max: float = 0.5
+    iterations: int = 1
+    project: bool = True
+    """Shorten a step that leaves the trust region, instead of trusting the duals alone."""
+    box_penalty: float = 1.0
+    """Weight of the mean's squared distance from the box [0, 1], outside which it means nothing."""
 
 
 class MStep(NamedTuple):
@@ -37,9 +39,9 @@ class MStep(NamedTuple):
 
     params: PyTree
     opt_state: optax.OptState
-    beta: Float[Array, "2"]
+    beta: Float[Array, " 2"]
     """Duals of the two KL bounds."""
-    kl: Float[Array, "2"]
+    kl: Float[Array, " 2"]
     """KL of the mean and of the spread after the step."""
     loss: Float[Array, ""]
 
@@ -48,7 +50,7 @@ def m_step(
     policy: PolicyFn,
     params: PyTree,
     opt_state: optax.OptState,
-    beta: Float[Array, "2"],
+    beta: Float[Array, " 2"],
     particles_SxKxA: Float[Array, "S K a"],
     weights_SxK: Float[Array, "S K"],
     optimizer: optax.GradientTransformation,
@@ -56,9 +58,9 @@ def m_step(
 ) -> MStep:
     """Maximise mean_s sum_k q_k log pi_theta(a_k|s) s.t. KL(pi_old || pi_theta) <= eps, Eq. (42).
 
-    Mean and spread have a bound each (each fitted with the other at its old value). Their duals follow the gradient, Eqs.
-    (45)-(47). The KL being quadratic in the step, Eqs. (43)-(44), a step that is too long by a factor is shortened by its
-    square root if `region.project`.
+    Mean and spread have a bound each (each fitted with the other at its old value). Their duals follow the
+    gradient, Eqs. (45)-(47). The KL being quadratic in the step, Eqs. (43)-(44), a step that is too long by a
+    factor is shortened by its square root if `region.project`.
     """
     old = jax.lax.stop_gradient(policy(params))
     bounds = jnp.asarray([region.mean_bound, region.std_bound], old.mean.dtype)
@@ -86,10 +88,13 @@ def m_step(
         return (optax.apply_updates(params, updates), opt_state, beta), loss
 
     start = params
-    (params, opt_state, beta), losses = jax.lax.scan(iterate, (params, opt_state, beta), None, region.iterations)
+    (params, opt_state, beta), losses = jax.lax.scan(
+        iterate, (params, opt_state, beta), None, region.iterations
+    )
     kl = kl_of(policy(params))
     if region.project:
-        # Twice: the second correction is for what the expansion's higher orders leave, and mostly does nothing.
+        # Twice: the second correction is for what the expansion's higher orders leave, and mostly does
+        # nothing.
         for _ in range(2):
             share = jnp.minimum(1.0, jnp.sqrt(jnp.min(bounds / jnp.maximum(kl, 1e-12))))
             params = jax.tree.map(lambda old, new, share=share: old + share * (new - old), start, params)

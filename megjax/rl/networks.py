@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -13,9 +14,13 @@ Mlp: TypeAlias = tuple[tuple[Array, Array], ...]
 """Weights and biases, layer by layer."""
 
 Squash: TypeAlias = Literal["none", "tanh"]
-"""How a policy's mean is kept in the box [0, 1]: not at all (the environment clips), or by tanh (the authors')."""
+"""How a policy's mean is kept in [0, 1]: not at all (the environment clips), or by tanh (the authors')."""
 
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": jax.nn.relu, "tanh": jnp.tanh, "silu": jax.nn.silu}
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
+    "silu": jax.nn.silu,
+}
 
 
 class Gaussian(NamedTuple):
@@ -37,7 +42,7 @@ def init_mlp(key: PRNGKeyArray, sizes: tuple[int, ...], last_scale: float = 1.0)
     """Return LeCun-normal layers; the last one's weights are scaled by `last_scale`, all biases are 0."""
     keys = jax.random.split(key, len(sizes) - 1)
     layers = []
-    for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
         scale = (last_scale if i == len(sizes) - 2 else 1.0) * fan_in**-0.5
         layers.append((scale * jax.random.normal(keys[i], (fan_in, fan_out)), jnp.zeros(fan_out)))
     return tuple(layers)
@@ -58,7 +63,7 @@ def add_bias(x: Float[Array, "*b o"], bias: Float[Array, " o"]) -> Float[Array, 
 
 
 def init_policy(key: PRNGKeyArray, observation_size: int, action_size: int, hidden: tuple[int, ...]) -> Mlp:
-    """Return a policy network: means and raw standard deviations, starting in the middle of the box for every state."""
+    """Return a policy network that starts in the middle of the box for every state."""
     return init_mlp(key, (observation_size, *hidden, 2 * action_size), last_scale=0.01)
 
 
@@ -70,7 +75,8 @@ def policy(
 ) -> Gaussian:
     """Return pi(.|s); actions mean something in [0, 1].
 
-    The standard deviation runs from the range's low to its high end through a sigmoid, so that a learner may anneal either.
+    The standard deviation runs from the range's low to its high end through a sigmoid, so that a learner may
+    anneal either.
     """
     out = mlp(params, observation, "tanh" if squash == "none" else "relu")
     raw_mean, raw_std = jnp.split(out, 2, axis=-1)
@@ -102,38 +108,43 @@ def kl_parts(old: Gaussian, new: Gaussian) -> tuple[Float[Array, "*b"], Float[Ar
 
 
 def init_critics(
-    key: PRNGKeyArray, observation_size: int, action_size: int, hidden: tuple[int, ...], outputs: tuple[int, ...], harmonics: int
+    key: PRNGKeyArray,
+    observation_size: int,
+    action_size: int,
+    hidden: tuple[int, ...],
+    outputs: tuple[int, ...],
+    knots: int,
 ) -> tuple[Mlp, ...]:
-    """Return one network for each entry of `outputs`, with that many values: (1, 1, 1) are three critics, (3,) is one trunk."""
-    size = observation_size + action_size * (1 + harmonics)
+    """Return a network with n values for each n in `outputs`: (1, 1, 1) are three critics, (3,) one trunk."""
+    size = observation_size + action_size * (1 + knots)
     keys = jax.random.split(key, len(outputs))
     return tuple(init_mlp(k, (size, *hidden, n), last_scale=0.1) for k, n in zip(keys, outputs, strict=True))
 
 
-def action_features(action: Float[Array, "*b a"], harmonics: int) -> Float[Array, "*b f"]:
-    """Return the action in [-1, 1] and its cosines cos(pi k a), k = 1..harmonics: a basis for jumps and kinks on [0, 1].
+def action_features(action: Float[Array, "*b a"], knots: int) -> Float[Array, "*b f"]:
+    """Return the action in [-1, 1] and, for each of its entries, the hat functions of a grid of knots on [0,
+    1].
 
-    A network of the bare action takes very long to bend sharply (spectral bias). By Chebyshev's recurrence, one cosine.
+    A network of the bare action takes very long to bend sharply (spectral bias); on this basis a jump
+    anywhere is linear.
     """
     action = jnp.clip(action, 0.0, 1.0)
     parts = [2.0 * action - 1.0]
-    if harmonics:
-        first = jnp.cos(jnp.pi * action)
-        before, here = jnp.ones_like(first), first
-        for _ in range(harmonics):
-            parts.append(here)
-            before, here = here, 2.0 * first * here - before
+    if knots:
+        grid = jax.lax.expand_dims(jnp.arange(knots, dtype=action.dtype), range(action.ndim))
+        hats = jnp.maximum(1.0 - jnp.abs((knots - 1) * action[..., None] - grid), 0.0)
+        parts.append(hats.reshape(*action.shape[:-1], -1))
     return jnp.concatenate(parts, axis=-1)
 
 
 def critics(
-    params: tuple[Mlp, ...], observation: Float[Array, "b o"], action: Float[Array, "b *k a"], harmonics: int
+    params: tuple[Mlp, ...], observation: Float[Array, "b o"], action: Float[Array, "b *k a"], knots: int
 ) -> Float[Array, "b *k q"]:
     """Return every critic's value, reward first, for one or for K actions of each state.
 
     The state's share of the first layer is computed once a state, not once a particle.
     """
-    features = action_features(action, harmonics)
+    features = action_features(action, knots)
     values = []
     for network in params:
         (weight, bias), *rest = network
@@ -166,4 +177,6 @@ def normalise(moments: Moments, observation: Float[Array, "*b o"]) -> Float[Arra
     """Return observations of mean 0 and variance 1, clipped at 5 standard deviations."""
     dims = range(observation.ndim - 1)
     mean, std = moments.mean, jnp.sqrt(moments.var) + 1e-3
-    return jnp.clip((observation - jax.lax.expand_dims(mean, dims)) / jax.lax.expand_dims(std, dims), -5.0, 5.0)
+    return jnp.clip(
+        (observation - jax.lax.expand_dims(mean, dims)) / jax.lax.expand_dims(std, dims), -5.0, 5.0
+    )

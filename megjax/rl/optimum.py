@@ -1,8 +1,9 @@
-"""The optimum of problem (23) for channels that no action moves: a linear programme over (channel bin, action).
+"""The optimum of problem (23) for channels that no action moves: a linear programme over (channel bin,
+action).
 
-The master programme holds a few actions a bin; its shadow prices say which action every bin would rather have, which are
-added until none is missing (column generation). That is exact on the whole grid and a thousand times faster than writing
-all of it down.
+The master programme holds a few actions a bin; its shadow prices say which action every bin would rather
+have, which are added until none is missing (column generation). That is exact on the whole grid and a
+thousand times faster than writing all of it down.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import scipy.sparse
 
 from megjax.errors import MegError
 from megjax.link import channel
-from megjax.rl.env import EnvParams, Payload, analytic_payload, step_cost
+from megjax.rl.env import REFERENCE, EnvParams, Payload, analytic_payload, step_cost
 from megjax.rl.quality import QualitySource, analytic_mse
 
 
@@ -55,7 +56,7 @@ class Reach(NamedTuple):
 
 
 def tables(
-    params: EnvParams = EnvParams(),
+    params: EnvParams = REFERENCE,
     quality: QualitySource = analytic_mse,
     payload: Payload = analytic_payload,
     bins: int = 200,
@@ -74,13 +75,17 @@ def tables(
         seed: of those draws.
     """
     steps = np.arange(int(params.min_steps), int(params.max_steps) + 1)
-    actions = np.stack([a.ravel() for a in np.meshgrid(steps, np.linspace(0.0, 1.0, ratios), indexing="ij")], axis=1)
+    actions = np.stack(
+        [a.ravel() for a in np.meshgrid(steps, np.linspace(0.0, 1.0, ratios), indexing="ij")], axis=1
+    )
     key = jax.random.key(seed)
     snr_S = _channel_bins(key, params, bins)
 
     def reward(action: jax.Array) -> jax.Array:
         keys = jax.random.split(key, quality_draws)
-        mse = jax.vmap(lambda k: quality(k, action[0], action[1], jnp.asarray(params.psnr_db, action.dtype)))(keys)
+        mse = jax.vmap(lambda k: quality(k, action[0], action[1], jnp.asarray(params.psnr_db, action.dtype)))(
+            keys
+        )
         return -jnp.mean(jnp.log(mse))
 
     def costs(snr: jax.Array, action: jax.Array) -> jax.Array:
@@ -89,7 +94,9 @@ def tables(
 
     actions_j = jnp.asarray(actions, jnp.result_type(float))
     rewards_A = np.asarray(jax.lax.map(reward, actions_j), np.float64)
-    costs_SxAxM = jax.jit(jax.vmap(jax.vmap(costs, (None, 0)), (0, None)))(jnp.asarray(snr_S, actions_j.dtype), actions_j)
+    costs_SxAxM = jax.jit(jax.vmap(jax.vmap(costs, (None, 0)), (0, None)))(
+        jnp.asarray(snr_S, actions_j.dtype), actions_j
+    )
     rewards_SxA = np.broadcast_to(rewards_A, (bins, len(actions)))
     return Tables(rewards_SxA, np.asarray(costs_SxAxM, np.float64), snr_S, actions)
 
@@ -142,7 +149,7 @@ def best_constant(table: Tables, limits: np.ndarray | tuple[float, ...]) -> tupl
 
 
 def _channel_bins(key: jax.Array, params: EnvParams, bins: int) -> np.ndarray:
-    """Return the SNRs of equally likely channel bins: midpoints in distance, or quantiles of draws under fading."""
+    """Return the SNRs of equally likely bins: midpoints in distance, or quantiles of draws under fading."""
     middles = (np.arange(bins) + 0.5) / bins
     link = params.link
     if link.fading == "none" and float(np.asarray(link.shadowing_std_db)) == 0.0:
@@ -159,9 +166,10 @@ def _channel_bins(key: jax.Array, params: EnvParams, bins: int) -> np.ndarray:
 def _column_generation(
     rewards_SxA: np.ndarray, costs_SxAxM: np.ndarray, limits: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Solve the elastic programme; return the policy [S, A], the prices [m] and the common relative excess."""
+    """Solve the elastic programme: return the policy [S, A], the prices [m], the common relative excess."""
     bins, actions, m = costs_SxAxM.shape
-    # Above every price a feasible problem can have at this resolution: the excess then stays 0 unless it must not.
+    # Above every price a feasible problem can have at this resolution: the excess then stays 0 unless it must
+    # not.
     penalty = 1e4 * (1.0 + np.ptp(rewards_SxA))
     every_bin = np.arange(bins)
     chosen = np.zeros((bins, actions), bool)
@@ -175,8 +183,12 @@ def _column_generation(
         # Variables: occupation of each chosen (bin, action), then the common relative excess of the limits.
         objective = np.append(-rewards_SxA[s, a] / bins, penalty)
         upper = np.column_stack([costs_SxAxM[s, a].T / bins, -scale])
-        equal = scipy.sparse.csr_matrix((np.ones(columns), (s, np.arange(columns))), shape=(bins, columns + 1))
-        result = scipy.optimize.linprog(objective, A_ub=upper, b_ub=limits, A_eq=equal, b_eq=np.ones(bins), method="highs")
+        equal = scipy.sparse.csr_matrix(
+            (np.ones(columns), (s, np.arange(columns))), shape=(bins, columns + 1)
+        )
+        result = scipy.optimize.linprog(
+            objective, A_ub=upper, b_ub=limits, A_eq=equal, b_eq=np.ones(bins), method="highs"
+        )
         if result.status != 0:
             raise MegError(f"the linear programme failed: {result.message}")
         prices = -np.asarray(result.ineqlin.marginals)

@@ -1,4 +1,4 @@
-"""What a picture sent with T steps, ratio r and a feature PSNR is worth: the MSE behind the reward of Eq. (22)."""
+"""What a picture sent with T steps, ratio r and a feature PSNR is worth: the MSE behind Eq. (22)'s reward."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ QualitySource: TypeAlias = Callable[
 ]
 """(key, steps, ratio, psnr_db) -> MSE against the reference, all scalars and traced.
 
-The key draws what is random about a frame: the picture and the noise. An analytic surface, a measured table and the live
-decoder are three such functions.
+The key draws what is random about a frame: the picture and the noise. An analytic surface, a measured table
+and the live decoder are three such functions.
 """
 
 
@@ -37,7 +37,8 @@ def table_mse(
 ) -> QualitySource:
     """Return a source that draws a picture and interpolates its measured MSE, multilinear in log MSE.
 
-    Log MSE, because the reward is: between two measured points the reward is then linear. Outside the table's range the
+    Log MSE, because the reward is: between two measured points the reward is then linear. Outside the table's
+        range the
     nearest edge is used.
 
     Args:
@@ -45,13 +46,14 @@ def table_mse(
         steps, ratios, psnrs_db: the axes, increasing.
 
     Raises:
-        MegError: axes that do not fit the table or do not increase, or an MSE that is not positive and finite.
+        MegError: axes that do not fit the table or do not increase, or an MSE that is not positive and
+            finite.
     """
     axes = [np.asarray(axis, float) for axis in (steps, ratios, psnrs_db)]
     values = np.asarray(table_PxTxRxS, float)
     expected = tuple(len(axis) for axis in axes)
     if values.ndim != 4 or values.shape[1:] != expected:
-        raise MegError(f"quality table of shape {values.shape}: its axes need (pictures, {', '.join(map(str, expected))})")
+        raise MegError(f"quality table of shape {values.shape}: its axes need (pictures, *{expected})")
     if any(np.any(np.diff(axis) <= 0) for axis in axes):
         raise MegError("quality table: steps, ratios and psnrs_db must each increase")
     if not np.all(np.isfinite(values) & (values > 0)):
@@ -70,5 +72,8 @@ def table_mse(
 
 def _hat_weights(axis: np.ndarray, x: Float[Array, ""]) -> Float[Array, " n"]:
     """Return the weights of linear interpolation at x over the axis' points, clamped to its ends."""
-    # jnp.interp of each unit vector: n is a handful, and the result is a small dense product instead of gathers.
-    return jax.vmap(lambda unit: jnp.interp(x, jnp.asarray(axis, x.dtype), unit))(jnp.eye(len(axis), dtype=x.dtype))
+    # jnp.interp of each unit vector: n is a handful, and the result is a small dense product instead of
+    # gathers.
+    return jax.vmap(lambda unit: jnp.interp(x, jnp.asarray(axis, x.dtype), unit))(
+        jnp.eye(len(axis), dtype=x.dtype)
+    )

@@ -8,20 +8,9 @@ from typing import Any, NamedTuple
 import flashbax
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
-
-class Transition(NamedTuple):
-    """One frame: all that learner and critics ever see of the environment."""
-
-    observation: Float[Array, "*b o"]
-    action: Float[Array, "*b a"]
-    signal: Float[Array, "*b q"]
-    """Reward, then the costs."""
-    terminated: Bool[Array, "*b"]
-    truncated: Bool[Array, "*b"]
-    successor: Float[Array, "*b o"]
-    """The next state, before any reset."""
+from megjax.rl.algorithm import Transition
 
 
 class Replay(NamedTuple):

@@ -58,7 +58,8 @@ def bootstrap(
     Args:
         stretch: from `n_step`.
         value_BxQ: the critics' values of the stretch's successors.
-        terminal_value: value of having terminated; critics of rewards less a mean J hold it at -J / (1 - gamma).
+        terminal_value: value of having terminated; critics of rewards less a mean J hold it at -J / (1 -
+            gamma).
     """
     follow = jnp.where(stretch.terminated[:, None], terminal_value, value_BxQ)
     return stretch.partial + stretch.discount[:, None] * follow
