@@ -1,0 +1,109 @@
+"""What both learners share: an algorithm's contract, the whole run as one function, annealing, collecting."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from megjax.rl import networks
+from megjax.rl.env import Env
+from megjax.rl.networks import Gaussian, Mlp, Moments
+
+
+class Transition(NamedTuple):
+    """One frame: all that learner and critics ever see of the environment."""
+
+    observation: Float[Array, "*b o"]
+    action: Float[Array, "*b a"]
+    signal: Float[Array, "*b q"]
+    """Reward, then the costs."""
+    terminated: Bool[Array, "*b"]
+    truncated: Bool[Array, "*b"]
+    successor: Float[Array, "*b o"]
+    """The next state, before any reset."""
+
+
+class PolicyParams(NamedTuple):
+    """A trained policy: its network, the observations' moments and the range of its standard deviation."""
+
+    actor: Mlp
+    moments: Moments
+    std_range: tuple[Float[Array, ""], Float[Array, ""]]
+
+
+class Algorithm(NamedTuple):
+    """A learner: pure functions that jit, vmap and scan."""
+
+    init: Callable[[PRNGKeyArray, Any], Any]
+    """(key, params) -> state."""
+    epoch: Callable[[PRNGKeyArray, Any, Any], tuple[Any, dict[str, Array]]]
+    """(key, state, params) -> (state, metrics). The key is the run's; the state knows its epoch."""
+    policy: Callable[[Any], PolicyParams]
+    """state -> the policy as of now."""
+    epochs: int
+
+
+def whole_run(algorithm: Algorithm) -> Callable[[PRNGKeyArray, Any], tuple[Any, dict[str, Array]]]:
+    """Return (key, params) -> (final state, metrics of every epoch), to be jitted and vmapped."""
+
+    def train(key: PRNGKeyArray, params: Any) -> tuple[Any, dict[str, Array]]:
+        init_key, run_key = jax.random.split(key)
+        state = algorithm.init(init_key, params)
+        return jax.lax.scan(lambda s, _: algorithm.epoch(run_key, s, params), state, None, algorithm.epochs)
+
+    return train
+
+
+def per_group(params: Any, groups: int) -> Any:
+    """Return the parameters with the groups as leading axis; limits [G, m] differ, [m] are shared."""
+    limits = jnp.atleast_2d(jnp.asarray(params.limits, jnp.result_type(float)))
+    limits = jnp.broadcast_to(limits, (groups, limits.shape[1]))
+    return jax.vmap(lambda own: dataclasses.replace(params, limits=own))(limits)
+
+
+def reset_copies(key: PRNGKeyArray, env: Env, params: Any, groups: int, envs: int) -> tuple[Array, Any]:
+    """Return observations [G, E, o] and states of fresh copies; `params` come from `per_group`."""
+    keys = jax.random.split(key, (groups, envs))
+    return jax.vmap(jax.vmap(env.reset, (0, None)))(keys, params)
+
+
+def collect(
+    key: PRNGKeyArray,
+    env: Env,
+    act: Callable[[Float[Array, "G E o"]], Gaussian],
+    env_state: Any,
+    observation: Float[Array, "G E o"],
+    params: Any,
+    steps: int,
+) -> tuple[Any, Float[Array, "G E o"], Transition]:
+    """Return the copies after `steps` frames of the behaviour policy, and those frames [G, E, T, ...]."""
+    copies = observation.shape[:2]
+    step = jax.vmap(jax.vmap(env.step, (0, 0, 0, None)))
+
+    def frame(carry: tuple, key: PRNGKeyArray) -> tuple[tuple, Transition]:
+        env_state, observation = carry
+        action_key, env_key = jax.random.split(key)
+        action = networks.sample(action_key, act(observation))
+        env_keys = jax.random.split(env_key, copies)
+        following, env_state, reward, terminated, truncated, info = step(env_keys, env_state, action, params)
+        signal = jnp.concatenate([reward[..., None], info["cost"]], axis=-1)
+        seen = Transition(observation, action, signal, terminated, truncated, info["final_observation"])
+        return (env_state, following), seen
+
+    (env_state, observation), seen = jax.lax.scan(
+        frame, (env_state, observation), jax.random.split(key, steps)
+    )
+    return env_state, observation, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), seen)
+
+
+def anneal(
+    start: tuple[float, float], end: tuple[float, float], progress: Float[Array, ""]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Return the lowest and highest standard deviation, on their geometric way from start to end."""
+    share = jnp.clip(progress, 0.0, 1.0)
+    return start[0] * (end[0] / start[0]) ** share, start[1] * (end[1] / start[1]) ** share
