@@ -1,1 +1,1 @@
-"""The wireless link between the edge server and the user's device: channel, features, payload and wire format."""
+"""The wireless link from the edge server to the user: channel, features, payload and wire format."""

@@ -1,68 +1,63 @@
-"""The downlink: path loss, shadowing, block fading, its correlation in time, and Shannon's rate (spec section 2)."""
+"""The downlink: path loss, shadowing, block fading, its correlation in time, Shannon's rate (section 2)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Complex, Float, PRNGKeyArray, Shaped
+from jaxtyping import Array, ArrayLike, Complex, Float, PRNGKeyArray, Shaped
 
 Fading: TypeAlias = Literal["none", "rayleigh", "rician"]
-"""Small-scale fading: none is |h|^2 = 1 (the authors'), Rayleigh |h|^2 ~ Exp(1), Rician has a line of sight."""
+"""Small-scale fading: none is |h|^2 = 1 (the authors'), Rayleigh Exp(1), Rician has a line of sight."""
 
-Real: TypeAlias = float | int | Shaped[Array, "..."]
+Real: TypeAlias = Shaped[ArrayLike, "..."]
+"""A number or an array of numbers, traced or not."""
+Leaf: TypeAlias = Any
+"""A `Real` in a record. Unchecked, because JAX also rebuilds records with placeholders for leaves."""
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=(
-        "bandwidth_hz tx_power_dbm noise_power_dbm min_distance_m max_distance_m path_loss_intercept_db "
-        "path_loss_slope_db shadowing_std_db rician_k_db snr_gap_db doppler_hz frame_s"
-    ).split(),
-    meta_fields=["fading"],
-)
-@dataclass(frozen=True)
+@flax.struct.dataclass
 class LinkParams:
-    """The link's parameters (spec section 2's table). Every number is a leaf, so it may be traced or vmapped."""
+    """The link's parameters (spec section 2). Every number is a leaf, so it may be traced or vmapped."""
 
-    bandwidth_hz: Real = 1e6
-    tx_power_dbm: Real = 30.0
-    noise_power_dbm: Real = -94.0
-    min_distance_m: Real = 200.0
-    max_distance_m: Real = 300.0
-    path_loss_intercept_db: Real = 35.3
+    bandwidth_hz: Leaf = 1e6
+    tx_power_dbm: Leaf = 30.0
+    noise_power_dbm: Leaf = -94.0
+    min_distance_m: Leaf = 200.0
+    max_distance_m: Leaf = 300.0
+    path_loss_intercept_db: Leaf = 35.3
     """Path loss at 1 m."""
-    path_loss_slope_db: Real = 37.6
+    path_loss_slope_db: Leaf = 37.6
     """Path loss per decade of distance."""
-    shadowing_std_db: Real = 0.0
-    rician_k_db: Real = 6.0
+    shadowing_std_db: Leaf = 0.0
+    rician_k_db: Leaf = 6.0
     """Power of the line of sight over that of the scattered paths; read when `fading` is rician."""
-    snr_gap_db: Real = 0.0
+    snr_gap_db: Leaf = 0.0
     """How far real modulation and coding stay from Shannon's rate."""
-    doppler_hz: Real = 0.0
+    doppler_hz: Leaf = 0.0
     """Maximum Doppler shift; 0 is a channel that stands still."""
-    frame_s: Real = 3.0
+    frame_s: Leaf = 3.0
     """Time between two frames."""
-    fading: Fading = field(default="none")
+    fading: Fading = flax.struct.field(pytree_node=False, default="none")
 
 
-def path_loss_db(
-    distance_m: Float[Array, "*b"] | float, params: LinkParams = LinkParams()
-) -> Float[Array, "*b"]:
+DEFAULT_LINK = LinkParams()
+
+
+def path_loss_db(distance_m: Real, params: LinkParams = DEFAULT_LINK) -> Float[Array, "*b"]:
     """Return the path loss 35.3 + 37.6 log10(d / m) in dB (spec section 2)."""
     return params.path_loss_intercept_db + params.path_loss_slope_db * jnp.log10(distance_m)
 
 
 def snr(
-    distance_m: Float[Array, "*b"] | float,
-    fading_power: Float[Array, "*b"] | float = 1.0,
-    shadowing_db: Float[Array, "*b"] | float = 0.0,
-    params: LinkParams = LinkParams(),
-) -> Float[Array, "*b"]:
+    distance_m: Real,
+    fading_power: Real = 1.0,
+    shadowing_db: Real = 0.0,
+    params: LinkParams = DEFAULT_LINK,
+) -> Float[Array, "*shape"]:
     """Return the linear gain-to-noise ratio P h / sigma^2, the channel state of Eqs. (4) and (22).
 
     Args:
@@ -72,17 +67,17 @@ def snr(
         params: the link.
     """
     gain_db = params.tx_power_dbm - params.noise_power_dbm - path_loss_db(distance_m, params) - shadowing_db
-    return fading_power * from_db(gain_db)
+    return jnp.asarray(fading_power) * from_db(gain_db)
 
 
-def rate_bps(snr: Float[Array, "*b"] | float, params: LinkParams = LinkParams()) -> Float[Array, "*b"]:
+def rate_bps(snr: Real, params: LinkParams = DEFAULT_LINK) -> Float[Array, "*shape"]:
     """Return the rate B log2(1 + snr / gap) of Eq. (4) in bit/s, `snr` linear."""
-    return params.bandwidth_hz * jnp.log2(1.0 + snr / from_db(params.snr_gap_db))
+    return params.bandwidth_hz * jnp.log2(1.0 + jnp.asarray(snr) / from_db(params.snr_gap_db))
 
 
 def sample_distance_m(
     key: PRNGKeyArray, params: LinkParams, shape: tuple[int, ...] = ()
-) -> Float[Array, "..."]:
+) -> Float[Array, "*shape"]:
     """Draw distances in metres, uniform between the link's bounds."""
     u = jax.random.uniform(key, shape)
     return params.min_distance_m + (params.max_distance_m - params.min_distance_m) * u
@@ -90,12 +85,12 @@ def sample_distance_m(
 
 def sample_shadowing_db(
     key: PRNGKeyArray, params: LinkParams, shape: tuple[int, ...] = ()
-) -> Float[Array, "..."]:
+) -> Float[Array, "*shape"]:
     """Draw log-normal shadowing in dB: N(0, shadowing_std_db^2)."""
     return params.shadowing_std_db * jax.random.normal(key, shape)
 
 
-def sample_fading(key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Complex[Array, "..."]:
+def sample_fading(key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Complex[Array, "*shape"]:
     """Draw scattered gains g ~ CN(0, 1), the stationary state of `next_fading`."""
     return jax.random.normal(key, shape, jnp.complex64)
 
@@ -122,20 +117,20 @@ def fading_power(fading: Complex[Array, "*b"], params: LinkParams) -> Float[Arra
     return ((jnp.sqrt(k) + fading.real) ** 2 + fading.imag**2) / (k + 1.0)
 
 
-def doppler_correlation(doppler_hz: Real, interval_s: Real) -> Float[Array, "..."]:
+def doppler_correlation(doppler_hz: Real, interval_s: Real) -> Float[Array, "*shape"]:
     """Return J0(2 pi f_d tau), the correlation of a scattered gain after `interval_s` (Jakes' spectrum)."""
     phase = 2.0 * jnp.pi * jnp.asarray(doppler_hz, jnp.float32) * interval_s
-    # The trapezoidal rule on J0's integral over a period converges geometrically once it has more points than the
-    # phase has radians.
+    # The midpoint rule on J0's integral over a period converges geometrically while the phase has fewer
+    # radians than twice the points.
     angles = np.sin(np.pi * (np.arange(64) + 0.5) / 64).astype(np.float32)
     return jnp.mean(jnp.cos(phase[..., None] * angles.reshape((1,) * phase.ndim + (64,))), axis=-1)
 
 
-def from_db(db: Real) -> Float[Array, "..."]:
+def from_db(db: Real) -> Float[Array, "*shape"]:
     """Convert decibels of power to a linear ratio."""
     return jnp.power(10.0, jnp.asarray(db) / 10.0)
 
 
-def to_db(ratio: Real) -> Float[Array, "..."]:
+def to_db(ratio: Real) -> Float[Array, "*shape"]:
     """Convert a linear ratio of power to decibels."""
     return 10.0 * jnp.log10(ratio)

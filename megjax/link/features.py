@@ -1,7 +1,7 @@
-"""Merged tokens as analogue symbols on the air: 16 bits, unit power, white Gaussian noise (spec section 5, Eq. (19)).
+"""Merged tokens as analogue symbols on the air: 16 bits, unit power, white Gaussian noise, Eq. (19).
 
-`psnr_db` sets the noise on the features and the link's `snr` sets the rate. The paper has both: bits over a Shannon
-link, and analogue noise on the same features as a model of residual error. `psnr_from_snr` ties the two.
+`psnr_db` sets the noise on the features and the link's `snr` sets the rate. The paper has both: bits over a
+Shannon link, and analogue noise on the same features as a model of residual error. `psnr_from_snr` ties them.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from megjax.link.channel import LinkParams, Real, from_db, to_db
+from megjax.link.channel import DEFAULT_LINK, LinkParams, Real, from_db, to_db
 
 FeatureRules: TypeAlias = Literal["default", "paper"]
-"""default: noise relative to the message's power. paper: noise of that standard deviation on un-normalised tokens."""
+"""default: noise relative to the message's power. paper: noise of that level on un-normalised tokens."""
 FeatureDtype: TypeAlias = Literal["float16", "bfloat16"]
 
 
@@ -29,9 +29,9 @@ def transmit(
 ) -> Float[Array, "*b M D"]:
     """Send merged tokens through the noisy channel, Eq. (19): received = Z' + noise.
 
-    Quantise to 16 bits; p = mean square of Z' per message, one float32 free of noise; symbols Z' / sqrt(p); noise
-    N(0, sigma^2), sigma = 10^(-psnr_db / 20), on every scalar; times sqrt(p). Under `paper` p is 1, so that 20 dB is the
-    authors' standard deviation of 0.1. Gradients pass through the quantisation unchanged.
+    Quantise to 16 bits; p = mean square of Z' per message, one float32 free of noise; symbols Z' / sqrt(p);
+    noise N(0, sigma^2), sigma = 10^(-psnr_db / 20), on every scalar; times sqrt(p). Under `paper` p is 1, so
+    that 20 dB is the authors' standard deviation of 0.1. Gradients pass through the quantisation unchanged.
 
     Args:
         key: noise key.
@@ -67,6 +67,8 @@ def quantise(x: Float[Array, "*b"], dtype: FeatureDtype = "float16") -> Float[Ar
     return x + jax.lax.stop_gradient(rounded - x)
 
 
-def psnr_from_snr(snr: Real, params: LinkParams = LinkParams(), margin_db: Real = 0.0) -> Float[Array, "..."]:
-    """Return the features' PSNR in dB when they meet the same channel state as the bits: snr / gap, plus a margin."""
+def psnr_from_snr(
+    snr: Real, params: LinkParams = DEFAULT_LINK, margin_db: Real = 0.0
+) -> Float[Array, "*shape"]:
+    """Return the PSNR in dB of features that meet the bits' channel state: snr / gap, and a margin."""
     return to_db(snr) - params.snr_gap_db + margin_db

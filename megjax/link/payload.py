@@ -9,10 +9,10 @@ import jax
 from jaxtyping import Int, ScalarLike
 
 from megjax.errors import MegError
-from megjax.link.counts import Count, Grid, Rounds, merged_counts, partition_sizes
+from megjax.link.counts import Count, Grid, Rounds, half, merged_counts, partition_sizes
 
 PayloadRules: TypeAlias = Literal["default", "paper", "free"]
-"""What side information o_n costs: default is the wire format's bits, paper 16 bits a merged token, free nothing.
+"""What side information costs: default the wire format's bits, paper 16 bits a merged token, free nothing.
 
 `paper` and `free` (Table II) merge in one round, `default` in up to two.
 """
@@ -27,13 +27,15 @@ def payload_bits(
     *,
     grid: Grid | None = None,
 ) -> int | Int[jax.Array, ""]:
-    """Return the bits of one message, Eq. (4): (C' (N - R)) b and the side information.
+    """Return the bits of one message, Eq. (4): C' (N - R) b and the side information.
+
+    Under `default` they are exactly those of the wire format's body; its header, 32 bytes, is not charged.
 
     Args:
         ratio: merging ratio r; a plain number or a traced scalar.
         tokens: N.
         channels: values of a token, C'.
-        bits_per_scalar: b; 8 is int8 and adds its float32 scale under `default`.
+        bits_per_scalar: b; 16 or, for int8, 8.
         rules: see `PayloadRules`.
         grid: token rows and columns; left out, N must be a square number.
 
@@ -54,16 +56,15 @@ def payload_bits(
 def side_information_bytes(counts: tuple[Count, ...], grid: Grid) -> Count:
     """Return the bytes of the wire format's index map for these merged counts (one entry a round).
 
-    A round says who merges in one bit a source, unless none or all do, and where to in `destination_bits` a merged token.
+    A round says who merges in one bit a source, unless none or all do, and where to in `destination_bits` for
+    each merged token.
     """
     bits = 0
     for count in counts:
         sources, destinations = partition_sizes(grid)
         mask = sources * ((count > 0) & (count < sources))
         bits = bits + mask + count * destination_bits(destinations)
-        grid = (grid[0] // 2, grid[1] // 2)
-        if not all(grid):
-            break
+        grid = half(grid)
     return (bits + 7) // 8
 
 

@@ -10,7 +10,7 @@ from megjax.errors import MegError
 from megjax.link.counts import Grid
 
 Layout: TypeAlias = Literal["patch", "strip"]
-"""patch: true 2 x 2 patches. strip: 4 consecutive row-major pixels, on a grid that is told to be the patches'."""
+"""patch: true 2 x 2 patches. strip: 4 consecutive row-major pixels, told to stand on the patches' grid."""
 
 
 def token_grid(height: int, width: int) -> Grid:

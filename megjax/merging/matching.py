@@ -32,8 +32,8 @@ def match(
     Args:
         tokens_NxD: tokens, row-major on their grid; leading axes are a batch, which shares the partition.
         key: partition key; None puts each destination at its cell's top left.
-        ratio: merging ratio in [0, 1]. A plain number is static and makes truly shorter arrays; an array is traced,
-            keeps N rows and is clipped to what the rounds can merge. Both give the same tokens.
+        ratio: merging ratio in [0, 1]. A plain number is static and makes truly shorter arrays; an array is
+            traced, keeps N rows and is clipped to what the rounds can merge. Both give the same tokens.
         grid: token rows and columns.
         rounds: 2 merges up to 15/16 of the tokens, 1 up to 3/4 (the paper's).
         similarity: `cosine` or `euclidean`.
@@ -55,7 +55,7 @@ def match_partition(
     similarity: Similarity = cosine,
     weighted: bool = True,
 ) -> Plan:
-    """Plan a merge as `match` does, on partitions already drawn: one a round, shared by as many calls as wanted."""
+    """Plan a merge as `match` does, on partitions already drawn, one a round, for as many calls as wanted."""
     if tokens_NxD.shape[-2] != grid[0] * grid[1]:
         raise MegError(
             f"{tokens_NxD.shape[-2]} tokens on a {grid[0]} x {grid[1]} grid: need {grid[0] * grid[1]}"
@@ -63,7 +63,7 @@ def match_partition(
     counts = merged_counts(ratio, grid, 2 if len(partitions) > 1 else 1)
     rows = tokens_NxD.shape[-2]
     if is_static(ratio):
-        rows -= sum(counts)
+        rows -= int(sum(counts))
         # A static round that merges nothing leaves no trace.
         used = max(1, sum(count > 0 for count in counts))
         partitions, counts = partitions[:used], counts[:used]
@@ -87,7 +87,7 @@ def _match_rounds(
     def second_round() -> Matches:
         # It starts once every source is merged: its tokens are the averages of round 1.
         everyone = Matches(jnp.ones_like(first.merged_A), first.best_A)
-        sources, destinations = partitions[0].source_A.shape[0], partitions[0].destination_B.shape[0]
+        sources, destinations = partitions[0].source_A.size, partitions[0].destination_B.size
         averages = merge(x_NxD, build_plan(partitions[:1], (everyone,), (sources,), destinations))
         return _match_round(averages, partitions[1], counts[1], similarity)
 
@@ -102,12 +102,12 @@ def _match_rounds(
 
 def _match_round(x_NxD: Array, partition: Partition, count: Count, similarity: Similarity) -> Matches:
     """Match one round's tokens; with no destination nothing merges."""
-    if partition.destination_B.shape[0] == 0:
+    if partition.destination_B.size == 0:
         return Matches(
             jnp.zeros(partition.source_A.shape, bool), jnp.zeros(partition.source_A.shape, jnp.int32)
         )
     # A CPU wants blocks that stay in its cache, a GPU or TPU few large steps within its memory.
-    widest = max(64, 2**24 // partition.destination_B.shape[0])
+    widest = max(64, 2**24 // partition.destination_B.size)
     score_A, best_A = jax.lax.platform_dependent(
         x_NxD,
         partition,
@@ -120,7 +120,7 @@ def _match_round(x_NxD: Array, partition: Partition, count: Count, similarity: S
 def best_destination(
     x_NxD: Float[Array, "N D"], partition: Partition, similarity: Similarity, width: int
 ) -> tuple[Float[Array, " A"], Int[Array, " A"]]:
-    """Return each source's highest similarity, Eq. (15), and the destination that has it, the first of equal ones.
+    """Return each source's highest similarity, Eq. (15), and its destination, the first of equal ones.
 
     Args:
         x_NxD: tokens.
@@ -128,14 +128,14 @@ def best_destination(
         similarity: see `match`.
         width: sources to hold the similarities of at once.
     """
-    # 16-bit tokens multiply exactly at the default precision of every backend, as long as they stay what they are:
-    # their gain comes after the product.
+    # 16-bit tokens multiply exactly at the default precision of every backend, as long as they stay what they
+    # are: their gain comes after the product.
     exact = x_NxD.dtype.itemsize < 4
     b_BxD = x_NxD[partition.destination_B].astype(jnp.float32)
     to = similarity(b_BxD)
     if to.gain_N is not None and not exact:
         b_BxD = b_BxD * to.gain_N[:, None]
-    sources, destinations = partition.source_A.shape[0], b_BxD.shape[0]
+    sources, destinations = partition.source_A.size, b_BxD.shape[0]
     index_Bx1 = jnp.arange(destinations, dtype=jnp.int32)[:, None]
 
     def best_of_block(source_K: Array) -> tuple[Array, Array]:

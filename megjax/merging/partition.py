@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from megjax.link.counts import Grid, Rounds, partition_sizes
+from megjax.link.counts import Grid, Rounds, half, partition_sizes
 
 
 class Partition(NamedTuple):
     """Sources A and destinations B of one round, as indices into the round's tokens.
 
-    B is in row-major order of the cells, so that it forms the half-size grid. A holds the three sources of each cell in
-    the same order, then the tokens of left-over rows and columns.
+    B is in row-major order of the cells, so that it forms the half-size grid. A holds the three sources of
+    each cell in the same order, then the tokens of left-over rows and columns.
     """
 
     source_A: Int[Array, " A"]
@@ -29,13 +29,11 @@ def partition(key: PRNGKeyArray, grid: Grid, rounds: Rounds = 2) -> tuple[Partit
     """Draw the partition of each round from a key: both ends of a link derive the same one."""
     partitions = []
     for r in range(rounds):
-        cells = (grid[0] // 2) * (grid[1] // 2)
+        cells = partition_sizes(grid)[1]
         # Two bits of each draw: equal on every backend, and not tied to how `randint` maps bits to integers.
-        corner_B = (jax.random.bits(jax.random.fold_in(key, r), (cells,)) & 3).astype(jnp.int32)
+        corner_B = (jax.random.bits(jax.random.fold_in(key, r), (cells,), jnp.uint32) & 3).astype(jnp.int32)
         partitions.append(partition_from_corners(corner_B, grid))
-        grid = (grid[0] // 2, grid[1] // 2)
-        if not all(grid):
-            break
+        grid = half(grid)
     return tuple(partitions)
 
 
@@ -45,9 +43,7 @@ def fixed_partition(grid: Grid, rounds: Rounds = 2) -> tuple[Partition, ...]:
     for _ in range(rounds):
         corner_B = jnp.zeros((partition_sizes(grid)[1],), jnp.int32)
         partitions.append(partition_from_corners(corner_B, grid))
-        grid = (grid[0] // 2, grid[1] // 2)
-        if not all(grid):
-            break
+        grid = half(grid)
     return tuple(partitions)
 
 

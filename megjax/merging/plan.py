@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -21,17 +19,11 @@ class Matches(NamedTuple):
     best_A: Int[Array, "*b A"]
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["row_N", "weight_N", "total_M", "count", "rounds"],
-    meta_fields=[],
-)
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Who merges where, for N tokens and M output rows: M = N - R for a static ratio, N for a traced one.
 
-    Rows 0 .. count - 1 are, in this order, the unmerged sources and the destinations; rows after them are padding. Where a
-    second round merges, the destinations are its unmerged sources and its destinations.
+    Rows 0 .. count - 1 are, in this order, the unmerged sources and the destinations; rows after them are
+    padding. Where a second round merges, the destinations are its unmerged sources and its destinations.
     """
 
     row_N: Int[Array, "*b N"]
@@ -63,10 +55,10 @@ def build_plan(
         weighted: see `match`.
     """
     first = partitions[0]
-    a, b = first.source_A.shape[0], first.destination_B.shape[0]
+    a, b = first.source_A.size, first.destination_B.size
     row_B = jnp.arange(b, dtype=jnp.int32)
     if len(rounds) > 1:
-        second = _rows(partitions[1], rounds[1], counts[1], jnp.arange(partitions[1].destination_B.shape[0]))
+        second = _rows(partitions[1], rounds[1], counts[1], jnp.arange(partitions[1].destination_B.size))
         row_B = jnp.where(jnp.asarray(counts[1]) > 0, second, row_B)
     row_N = _rows(first, rounds[0], counts[0], row_B)
     weight_N = None
@@ -81,7 +73,7 @@ def build_plan(
 
 def _rows(partition: Partition, matches: Matches, count: Count, row_B: Array) -> Array:
     """Return each token's row: unmerged sources first, in order, then `row_B` counted from there on."""
-    first_destination = partition.source_A.shape[0] - count
+    first_destination = partition.source_A.size - count
     row_B = row_B + first_destination
     unmerged = jnp.cumsum(~matches.merged_A, dtype=jnp.int32) - 1
     row_A = jnp.where(matches.merged_A, row_B[matches.best_A], unmerged)

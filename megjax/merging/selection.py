@@ -19,7 +19,7 @@ def highest(score_A: Float[Array, " A"], count: Count) -> Bool[Array, " A"]:
 
 
 def kth_by_bisection(rank_A: UInt32[Array, " A"], count: Count) -> UInt32[Array, ""]:
-    """Return the `count`-th highest rank bit by bit: 32 vector passes, many times faster than a sort on a CPU."""
+    """Return the `count`-th highest rank bit by bit: 32 vector passes, far faster than a sort on a CPU."""
 
     def next_bit(i: Array, least: Array) -> Array:
         higher = least | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))

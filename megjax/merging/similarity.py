@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 class Affine(NamedTuple):
     """A similarity S_ij = scale_i (gain_j a_i . b_j + bias_j) + offset_i of source i and destination j.
 
-    The best j of each i needs only the bracket, so one matrix product serves every similarity. Each token has all
-    four numbers; a source's are read by i and a destination's by j. None is 1 for a factor, 0 for a summand.
+    The best j of each i needs only the bracket, so one matrix product serves every similarity. Each token has
+    all four numbers; a source's are read by i, a destination's by j. None is 1 for a factor, 0 for a summand.
     """
 
     gain_N: Float[Array, "*b N"] | None = None
