@@ -23,7 +23,7 @@ class Workload(NamedTuple):
     vae_decoder_flops: Real = 10.5e12
 
 
-SDXL_WITHOUT_TOME = Workload(unet_call_flops=6.76e12)
+SDXL = Workload()
 
 
 class Compute(NamedTuple):
