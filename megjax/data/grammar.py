@@ -52,6 +52,8 @@ WORDS = tuple(
 )
 """Every word of the grammar, once."""
 
+MAX_WORDS = 16  # of a caption
+
 ABSENT = -1  # an empty slot of `word_slots`
 
 
@@ -123,5 +125,5 @@ def word_slots(scene: Scene) -> Int[Array, "B S"]:
 
 
 def captions(scene: Scene) -> list[str]:
-    """The scenes' captions, at most 16 words each."""
+    """The scenes' captions, at most MAX_WORDS words each."""
     return [" ".join(WORDS[i] for i in row if i != ABSENT) for row in np.asarray(jax.jit(word_slots)(scene))]

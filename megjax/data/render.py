@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from megjax.data.grammar import BACKGROUNDS, COLOURS, Scene
+from megjax.data.grammar import Scene
+from megjax.errors import MegError
 
 SIDE = 64  # pixels that a scene's lengths refer to
 RADII = (7.5, 10.5, 14.0)  # of SIZES; no shape reaches further than its radius
@@ -39,7 +40,6 @@ BACKGROUND_RGB = np.array(
     ],
     np.float32,
 )
-assert (len(COLOUR_RGB), len(BACKGROUND_RGB)) == (len(COLOURS), len(BACKGROUNDS))
 
 
 def _halfplane(x: Array, y: Array, degrees: float, distance: float) -> Array:
@@ -126,7 +126,12 @@ def render(scene: Scene, size: int = SIDE) -> Float[Array, "B H W 3"]:
     Args:
         scene: B scenes.
         size: side of the pictures in pixels; the scenes' lengths scale with it.
+
+    Raises:
+        MegError: size below 1.
     """
+    if size < 1:
+        raise MegError(f"picture size {size}: give at least 1 pixel")
     scale = size / SIDE
     (batch,) = scene.two.shape
     grid = (jnp.arange(size, dtype=jnp.float32) + 0.5) / scale

@@ -1,7 +1,7 @@
 """`scenes`: endless, seeded, procedural pictures whose captions can be checked by their pixels."""
 
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from megjax.data.grammar import (
     Scene,
 )
 from megjax.data.render import RADII, SIDE
+from megjax.errors import MegError
 
 Split: TypeAlias = Literal["train", "held_out", "all"]
 
@@ -109,7 +110,12 @@ def sample_scenes(
         split: `train` has no held-out pair of attributes in any picture; each scene of `held_out` has one and
             names it; `all` draws every combination alike.
         two_objects: probability of a second object.
+
+    Raises:
+        MegError: an unknown split or a batch below 1.
     """
+    if split not in get_args(Split) or batch < 1:
+        raise MegError(f"split {split!r}, batch {batch}: give one of {get_args(Split)} and at least 1")
     keys = iter(jax.random.split(key, 12))
 
     def index(words: tuple[str, ...], *shape: int) -> Array:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from megjax.data.grammar import ABSENT, WORDS, Scene, word_slots
+from megjax.data.grammar import ABSENT, MAX_WORDS, WORDS, Scene, word_slots
+from megjax.errors import MegError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 LENGTH = 32  # tokens of a text, START and END included
@@ -88,8 +89,13 @@ def token_ids(scene: Scene, length: int = LENGTH) -> Int[Array, "B L"]:
 
     Args:
         scene: B scenes.
-        length: number of tokens, at least 20: the longest caption, START and END.
+        length: number of tokens, at least 18: the longest caption, START and END.
+
+    Raises:
+        MegError: length below 18.
     """
+    if length < MAX_WORDS + 2:
+        raise MegError(f"token length {length}: the longest caption needs {MAX_WORDS + 2}")
     vocab, _ = vocabulary()
     id_of_word = jnp.asarray(np.array([vocab[word + "</w>"] for word in WORDS], np.int32))
     slots_BxS = word_slots(scene)
