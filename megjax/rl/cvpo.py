@@ -48,6 +48,9 @@ class CvpoConfig:
     """Groups of environment copies, each with limits of its own."""
     envs: int = 256
     """Environment copies of each group."""
+    greedy_envs: int = 64
+    """How many of them act on the policy's mean. J is then the larger cost of the sampled and of the
+    deterministic policy, so that both keep the limits; 0 measures the sampled policy alone."""
     collect_steps: int = 4
     """Frames of each copy an epoch."""
     epochs: int = 4000
@@ -116,7 +119,9 @@ class CvpoState(NamedTuple):
     dual: Dual
     """One eta and lam for each group."""
     mean_signal: Float[Array, "G q"]
-    """J: running mean reward and costs per frame of the behaviour policy."""
+    """Running mean reward and costs per frame of the sampled policy."""
+    greedy_signal: Float[Array, "G q"]
+    """The same of the deterministic policy."""
     integral: Float[Array, "G m"]
 
 
@@ -170,6 +175,7 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
             critic_opt=critic_optimizer.init(critics),
             dual=Dual(jnp.ones(groups), jnp.zeros((groups, m))),
             mean_signal=jnp.zeros((groups, q)),
+            greedy_signal=jnp.zeros((groups, q)),
             integral=jnp.zeros((groups, m)),
         )
 
@@ -177,16 +183,23 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
         """Return the state after an epoch's frames, with those in its replay and averages, and the frames."""
 
         def act(observation: Array) -> Gaussian:
-            return policy_at(state.actor, networks.normalise(state.moments, observation), state.step)
+            gaussian = policy_at(state.actor, networks.normalise(state.moments, observation), state.step)
+            explores = jnp.arange(config.envs) >= config.greedy_envs
+            return gaussian._replace(std=gaussian.std * explores[None, :, None])
 
         env_state, observation, seen = collect(
             key, env, act, state.env_state, state.observation, params, config.collect_steps
         )
         moments = networks.update_moments(state.moments, seen.observation.reshape(-1, env.observation_size))
-        batch_mean = jnp.mean(seen.signal, axis=(1, 2))
         share = jnp.maximum(1.0 / (state.step + 1.0), 1.0 / config.mean_memory)
-        mean_signal = state.mean_signal + share * (batch_mean - state.mean_signal)
-        gap = params.limits - mean_signal[:, 1:]
+
+        def track(running: Array, signal: Array) -> Array:
+            return running + share * (jnp.mean(signal, axis=(1, 2)) - running)
+
+        greedy = config.greedy_envs
+        mean_signal = track(state.mean_signal, seen.signal[:, greedy:])
+        greedy_signal = track(state.greedy_signal, seen.signal[:, :greedy]) if greedy else mean_signal
+        gap = params.limits - jnp.maximum(mean_signal, greedy_signal)[:, 1:]
         # Anti-windup: the integral may ask for no more than the feedback asks of a gap of a tenth of the
         # limit.
         bound = 0.1 * config.feedback * jnp.abs(params.limits)
@@ -196,6 +209,7 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
             moments=moments,
             replay=replay.add(state.replay, seen),
             mean_signal=mean_signal,
+            greedy_signal=greedy_signal,
             integral=jnp.clip(state.integral + config.integral * gap, -bound, bound),
         )
         return state, seen
@@ -237,7 +251,8 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
         reward, cost = values[..., 0], values[..., 1:]
         if config.threshold == "advantage":
             cost = cost - jnp.mean(cost, axis=2, keepdims=True)
-            threshold = config.feedback * (limits - state.mean_signal[:, 1:]) + state.integral
+            measured = jnp.maximum(state.mean_signal, state.greedy_signal)[:, 1:]
+            threshold = config.feedback * (limits - measured) + state.integral
         else:
             offset = state.mean_signal[:, 1:] if config.centred else 0.0
             threshold = (limits - offset) / (1.0 - config.discount)
@@ -281,6 +296,7 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
             "reward": jnp.mean(seen.signal[..., 0], axis=(1, 2)),
             "cost": jnp.mean(seen.signal[..., 1:], axis=(1, 2)),
             "mean_signal": state.mean_signal,
+            "greedy_signal": state.greedy_signal,
             "eta": state.dual.eta,
             "lam": state.dual.lam,
             "std": jnp.stack(std_range(state.step)),

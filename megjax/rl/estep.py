@@ -226,7 +226,7 @@ def _spread(centred: Array, mean: Array, axis: tuple[int, ...] | None = None) ->
 
 
 def _solve_spd(matrix: Float[Array, "n n"], right: Float[Array, " n"]) -> Float[Array, " n"]:
-    """Solve a tiny positive definite system by unrolled elimination: LAPACK calls cost more and batch badly."""
+    """Solve a tiny positive definite system by unrolled elimination; LAPACK calls batch badly."""
     n = right.shape[0]
     rows = jnp.concatenate([matrix, right[:, None]], axis=1)
     for i in range(n):

@@ -99,7 +99,7 @@ def gae(
     discount: float,
     decay: float,
 ) -> Float[Array, "T *b q"]:
-    """Return generalised advantages: truncated frames bootstrap from their successor, terminated ones do not."""
+    """Return generalised advantages; truncated frames bootstrap from their successor, terminated do not."""
     follows = (~terminated_TxB)[..., None]
     delta = signal_TxBxQ + discount * follows * successor_value_TxBxQ - value_TxBxQ
     carries_on = (~(terminated_TxB | truncated_TxB))[..., None]

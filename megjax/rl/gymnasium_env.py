@@ -1,0 +1,115 @@
+"""The environment for everybody else: gymnasium's single and vector interfaces, for FSRL, OmniSafe or SB3.
+
+Needs `gymnasium`, which MegJAX itself does without; it is imported here alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import gymnasium
+import jax
+import numpy as np
+
+from megjax.rl.env import REFERENCE, Env, EnvParams, make_env
+
+CostOf = Callable[[np.ndarray], Any]
+"""Cost vector(s) [..., m] -> what `info["cost"]` holds; libraries of one constraint want a number."""
+
+
+class MegEnv(gymnasium.Env):
+    """One environment. `info["cost"]` holds the frame's costs."""
+
+    def __init__(
+        self, env: Env | None = None, params: EnvParams = REFERENCE, cost_of: CostOf | None = None
+    ) -> None:
+        """Wrap `env` (the reference problem, left out) under `params`."""
+        self._env, self._params = env or make_env(), params
+        self._cost_of = cost_of or (lambda costs: costs)
+        self._step, self._reset = jax.jit(self._env.step), jax.jit(self._env.reset)
+        self._key = jax.random.key(0)
+        self.observation_space, self.action_space = _spaces(self._env)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Start an episode; a seed makes this and all that follows repeatable."""
+        super().reset(seed=seed)
+        if seed is not None:
+            self._key = jax.random.key(seed)
+        self._key, key = jax.random.split(self._key)
+        observation, self._state = self._reset(key, self._params)
+        return np.asarray(observation), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Send one frame."""
+        self._key, key = jax.random.split(self._key)
+        action = np.asarray(action, np.float32)
+        _, self._state, reward, terminated, truncated, info = self._step(
+            key, self._state, action, self._params
+        )
+        # The state is already the next episode's if this one ended; gymnasium wants the last one's
+        # observation.
+        observation = np.asarray(info.pop("final_observation"))
+        info = {name: np.asarray(value) for name, value in info.items()}
+        info["cost"] = self._cost_of(info["cost"])
+        return observation, float(reward), bool(terminated), bool(truncated), info
+
+
+class MegVectorEnv(gymnasium.vector.VectorEnv):
+    """Many environments as one compiled step, resetting in the step that ends an episode."""
+
+    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
+
+    def __init__(
+        self,
+        num_envs: int,
+        env: Env | None = None,
+        params: EnvParams = REFERENCE,
+        cost_of: CostOf | None = None,
+    ) -> None:
+        """Wrap `num_envs` copies of `env` (the reference problem, left out) under `params`."""
+        self.num_envs = num_envs
+        self._env, self._params = env or make_env(), params
+        self._cost_of = cost_of or (lambda costs: costs)
+        reset = jax.vmap(self._env.reset, (0, None))
+        step = jax.vmap(self._env.step, (0, 0, 0, None))
+        self._reset = jax.jit(lambda key: reset(jax.random.split(key, num_envs), params))
+        self._step = jax.jit(
+            lambda key, state, action: step(jax.random.split(key, num_envs), state, action, params)
+        )
+        self._key = jax.random.key(0)
+        self.single_observation_space, self.single_action_space = _spaces(self._env)
+        self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Start every copy's episode."""
+        if seed is not None:
+            self._key = jax.random.key(seed)
+        self._key, key = jax.random.split(self._key)
+        observation, self._state = self._reset(key)
+        return np.asarray(observation), {}
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Send one frame in every copy."""
+        self._key, key = jax.random.split(self._key)
+        observation, self._state, reward, terminated, truncated, info = self._step(
+            key, self._state, np.asarray(actions, np.float32)
+        )
+        info = {name: np.asarray(value) for name, value in info.items()}
+        info["cost"] = self._cost_of(info["cost"])
+        final = info.pop("final_observation")
+        ended = np.asarray(terminated | truncated)
+        if ended.any():
+            rows = [row if done else None for row, done in zip(final, ended, strict=True)]
+            info["final_obs"] = np.array(rows, object)
+            info["_final_obs"] = ended
+        ends = np.asarray(terminated), np.asarray(truncated)
+        return np.asarray(observation), np.asarray(reward), *ends, info
+
+
+def _spaces(env: Env) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.Box]:
+    observation = gymnasium.spaces.Box(-np.inf, np.inf, (env.observation_size,), np.float32)
+    return observation, gymnasium.spaces.Box(0.0, 1.0, (env.action_size,), np.float32)

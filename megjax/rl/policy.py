@@ -1,0 +1,142 @@
+"""Trained policies: act on a channel state, save to one file, load it again."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from megjax.errors import MegError
+from megjax.rl import networks
+from megjax.rl.algorithm import PolicyParams
+from megjax.rl.env import EnvParams, denoising_steps
+from megjax.rl.networks import Moments, Squash
+
+FORMAT = "megjax-policy-1"
+
+
+class PolicyInfo(NamedTuple):
+    """What a policy's file says besides its numbers."""
+
+    limits: tuple[tuple[float, float], ...]
+    """Limits (s, kJ) that it was trained under; several if it is conditioned on them."""
+    conditioned: bool
+    """Whether it observes the limits, and obeys whatever it is given."""
+    min_steps: int
+    max_steps: int
+    squash: Squash = "none"
+    hidden_layers: int = 2
+
+
+class Policy(NamedTuple):
+    """A policy as it is used."""
+
+    params: PolicyParams
+    info: PolicyInfo
+
+
+class Choice(NamedTuple):
+    """What a policy chose for one frame."""
+
+    steps: int
+    ratio: float
+
+
+def gaussian(
+    params: PolicyParams, observation: Float[Array, "*b o"], squash: Squash = "none"
+) -> networks.Gaussian:
+    """Return pi(.|s) on raw observations."""
+    seen = networks.normalise(params.moments, observation)
+    return networks.policy(params.actor, seen, params.std_range, squash)
+
+
+def act(
+    policy: Policy,
+    snr_db: float,
+    latency_s: float = 0.0,
+    energy_kj: float = 0.0,
+    limits: tuple[float, float] | None = None,
+    key: PRNGKeyArray | None = None,
+) -> Choice:
+    """Return the steps and the ratio for the next frame.
+
+    Args:
+        policy: from `load_policy`.
+        snr_db: the channel's gain-to-noise ratio now, in dB.
+        latency_s, energy_kj: of the previous frame; 0 for the first.
+        limits: mean latency (s) and energy (kJ) to keep; read by conditioned policies only.
+        key: draw from the policy; left out, its mean is taken.
+
+    Raises:
+        MegError: a number that is not finite, or limits given to a policy that was trained for others.
+    """
+    numbers = (snr_db, latency_s, energy_kj, *(limits or ()))
+    if not np.all(np.isfinite(numbers)):
+        raise MegError(f"policy: SNR, latency, energy and limits must be finite, got {numbers}")
+    trained = policy.info.limits
+    observation = [snr_db, latency_s, energy_kj]
+    if policy.info.conditioned:
+        observation += list(limits if limits is not None else trained[len(trained) // 2])
+    elif limits is not None and not np.allclose(limits, trained[0]):
+        raise MegError(f"this policy was trained for the limits {trained[0]}, not {tuple(limits)}")
+    found = gaussian(policy.params, jnp.asarray(observation, jnp.float32), policy.info.squash)
+    action = jnp.clip(found.mean if key is None else networks.sample(key, found), 0.0, 1.0)
+    params = EnvParams(min_steps=policy.info.min_steps, max_steps=policy.info.max_steps)
+    return Choice(int(denoising_steps(action[0], params)), float(action[1]))
+
+
+def save_policy(path: Path, policy: Policy) -> None:
+    """Write a policy as one safetensors file, atomically."""
+    tensors = {"moments.mean": policy.params.moments.mean, "moments.var": policy.params.moments.var}
+    tensors["std_range"] = jnp.stack(policy.params.std_range)
+    for i, (weight, bias) in enumerate(policy.params.actor):
+        tensors |= {f"actor.{i}.weight": weight, f"actor.{i}.bias": bias}
+    metadata = {"format": FORMAT, "info": json.dumps(policy.info._asdict())}
+    data = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+    os.replace(temporary, path)
+
+
+def load_policy(path: Path) -> Policy:
+    """Read a policy that `save_policy` wrote.
+
+    Raises:
+        MegError: the file is missing, damaged or something else.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: jnp.asarray(file.get_tensor(name)) for name in list(file.keys())}
+        if metadata.get("format") != FORMAT:
+            raise MegError(
+                f"{path} is not a MegJAX policy: format {metadata.get('format')!r}, not {FORMAT!r}"
+            )
+        fields = json.loads(metadata["info"])
+        fields["limits"] = tuple(tuple(pair) for pair in fields["limits"])
+        info = PolicyInfo(**fields)
+        layers = range(info.hidden_layers + 1)
+        actor = tuple((tensors[f"actor.{i}.weight"], tensors[f"actor.{i}.bias"]) for i in layers)
+        moments = Moments(jnp.ones(()), tensors["moments.mean"], tensors["moments.var"])
+        low, high = tensors["std_range"]
+    except MegError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        raise MegError(f"{path} is not a MegJAX policy: {error}") from error
+    return Policy(PolicyParams(actor, moments, (low, high)), info)
+
+
+def stacked(params: PolicyParams, index: int) -> PolicyParams:
+    """Return one policy of a batch of runs."""
+    return jax.tree.map(lambda x: x[index], params)

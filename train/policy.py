@@ -1,0 +1,30 @@
+"""`python -m train.policy default`: train policies of the constrained problem under their limits."""
+
+from __future__ import annotations
+
+import sys
+
+import tyro
+
+from configs.policy import PRESETS
+from megjax.errors import MegError
+from megjax.rl.training import PolicyRunConfig, train_policies
+
+
+def main(config: PolicyRunConfig) -> None:
+    """Train, then print what each policy is worth against its optimum."""
+    try:
+        results = train_policies(config)
+    except MegError as error:
+        sys.exit(f"error: {error}")
+    for result in results:
+        worth = result["deterministic"]
+        latency, energy = worth["costs"]
+        print(
+            f"limits {result['limits']} seed {result['seed']}: reward {worth['reward']:.4f} "
+            f"(optimum {result['optimum']:.4f}), {latency:.4f} s, {energy:.4f} kJ"
+        )
+
+
+if __name__ == "__main__":
+    main(tyro.extras.overridable_config_cli(PRESETS, config=(tyro.conf.AvoidSubcommands,)))
