@@ -48,7 +48,7 @@ class CvpoConfig:
     """Groups of environment copies, each with limits of its own."""
     envs: int = 256
     """Environment copies of each group."""
-    greedy_envs: int = 64
+    greedy_envs: int = 128
     """How many of them act on the policy's mean. J is then the larger cost of the sampled and of the
     deterministic policy, so that both keep the limits; 0 measures the sampled policy alone."""
     collect_steps: int = 4
@@ -91,12 +91,12 @@ class CvpoConfig:
     """Share of d - J that one E-step may repair."""
     integral: float = 0.01
     """Gain an update of the sum of d - J: removes what bias in the critics leaves."""
-    mean_memory: float = 10.0
-    """Epochs over which J is averaged."""
+    mean_memory: tuple[float, float] = (10.0, 50.0)
+    """Epochs over which J is averaged, first and last: as the policy slows down, J may be sharper."""
     trust_region: TrustRegion = dataclasses.field(default_factory=TrustRegion)
     std_start: tuple[float, float] = (0.3, 0.3)
     """Lowest and highest standard deviation of the policy at the start."""
-    std_end: tuple[float, float] = (0.02, 0.02)
+    std_end: tuple[float, float] = (0.01, 0.01)
     std_anneal: float = 0.7
     """Share of the run over which the bounds go, geometrically, from start to end."""
     squash: Squash = "none"
@@ -191,7 +191,9 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
             key, env, act, state.env_state, state.observation, params, config.collect_steps
         )
         moments = networks.update_moments(state.moments, seen.observation.reshape(-1, env.observation_size))
-        share = jnp.maximum(1.0 / (state.step + 1.0), 1.0 / config.mean_memory)
+        early, late = config.mean_memory
+        memory = early * (late / early) ** (state.step / config.epochs)
+        share = jnp.maximum(1.0 / (state.step + 1.0), 1.0 / memory)
 
         def track(running: Array, signal: Array) -> Array:
             return running + share * (jnp.mean(signal, axis=(1, 2)) - running)

@@ -1,0 +1,162 @@
+"""The environment against hand-worked frames, gymnax's contract and gymnasium's checker."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megjax.errors import MegError
+from megjax.link import channel
+from megjax.link.channel import LinkParams
+from megjax.rl.env import REFERENCE, EnvParams, action_of, denoising_steps, make_env
+from megjax.rl.quality import analytic_mse, table_mse
+
+ENV = make_env()
+
+
+def frame_by_hand(snr, steps, ratio):
+    rate = 1e6 * np.log2(1 + snr)
+    seconds = 65536 * 16 * ((1 - ratio) + ratio / 16) / rate
+    mse = 0.008 + 0.012 * np.exp(-(steps - 4) / 2.5) + 0.02 * ratio**2
+    return -np.log(mse), 0.3007 * steps + 0.826 + seconds, 0.13 * steps + 0.25 + seconds / 1000
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(4, 12), st.floats(0.0, 1.0), st.integers(0, 1000))
+def test_frames_of_the_reference_problem(steps, ratio, seed):
+    _, state = ENV.reset(jax.random.key(seed), REFERENCE)
+    action = action_of(steps, ratio)
+    _, _, reward, terminated, truncated, info = ENV.step(jax.random.key(1), state, action, REFERENCE)
+    expected = frame_by_hand(float(state.snr), steps, float(action[1]))
+    np.testing.assert_allclose([reward, *info["cost"]], expected, rtol=2e-5)
+    assert not terminated
+    assert not truncated
+
+
+def test_steps_of_an_action_cover_the_range_evenly():
+    actions = jnp.asarray((np.arange(900) + 0.5) / 900)
+    counts = np.bincount(np.asarray(denoising_steps(actions, REFERENCE)).astype(int))
+    np.testing.assert_array_equal(counts, [0] * 4 + [100] * 9)
+    # The published map, 4 + int(8 a), reaches 12 at a = 1 only.
+    np.testing.assert_array_equal(denoising_steps(jnp.asarray([0.0, 0.95, 1.0]), REFERENCE), [4, 12, 12])
+
+
+def test_episode_ends_by_truncation_and_shows_its_last_state():
+    def step(carry, key):
+        state = carry
+        observation, state, _, terminated, truncated, info = ENV.step(key, state, jnp.full(2, 0.5), REFERENCE)
+        return state, (observation, terminated, truncated, info["final_observation"], info["cost"])
+
+    _, state = ENV.reset(jax.random.key(0), REFERENCE)
+    keys = jax.random.split(jax.random.key(1), 130)
+    _, (observation, terminated, truncated, final, cost) = jax.lax.scan(step, state, keys)
+    assert not terminated.any()
+    np.testing.assert_array_equal(np.nonzero(np.asarray(truncated))[0], [63, 127])
+    # After a reset the last frame's costs are forgotten; the final observation still has them.
+    np.testing.assert_array_equal(observation[63, 1:], 0.0)
+    np.testing.assert_allclose(final[63, 1:], cost[63])
+    np.testing.assert_allclose(observation[62, 1:], cost[62])
+
+
+def test_limits_powers_and_budgets_are_traced():
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def frame(params):
+        _, state = ENV.reset(jax.random.key(0), params)
+        return ENV.step(jax.random.key(1), state, jnp.full(2, 0.3), params)[-1]["cost"]
+
+    weak = dataclasses.replace(REFERENCE, link=LinkParams(tx_power_dbm=20.0))
+    strict = dataclasses.replace(REFERENCE, limits=(2.0, 1.0))
+    assert frame(weak)[0] > frame(REFERENCE)[0]
+    np.testing.assert_array_equal(frame(strict), frame(REFERENCE))
+    limits = jnp.asarray([[2.0, 1.0], [3.0, 1.8]])
+    batch = jax.vmap(lambda own: dataclasses.replace(REFERENCE, limits=own))(limits)
+    observe = make_env(observe_limits=True)
+    observation, _ = jax.vmap(observe.reset, (None, 0))(jax.random.key(0), batch)
+    np.testing.assert_allclose(observation[:, 3:], limits)
+
+
+@pytest.mark.parametrize("fading", ["none", "rayleigh", "rician"])
+def test_channel_follows_the_link(fading):
+    link = LinkParams(fading=fading, doppler_hz=0.01, frame_s=3.0)
+    params = EnvParams(link=link)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    _, state = jax.vmap(ENV.reset, (0, None))(keys, params)
+    following = jax.vmap(lambda k, s: ENV.step(k, s, jnp.full(2, 0.5), params)[1])(keys, state)
+    distance = jnp.linspace(200.0, 300.0, 4001)
+    mean = float(jnp.mean(channel.snr(distance)))
+    # Mean fading power is 1, in the first frame as in the next.
+    np.testing.assert_allclose(np.mean(state.snr), mean, rtol=0.06)
+    np.testing.assert_allclose(np.mean(following.snr), mean, rtol=0.06)
+    if fading == "rayleigh":
+        rho = float(channel.doppler_correlation(0.01, 3.0))
+        got = np.mean(np.asarray(following.fading) * np.conj(np.asarray(state.fading)))
+        np.testing.assert_allclose(got.real, rho, atol=0.05)
+
+
+def test_quality_table_interpolates_log_mse():
+    steps, ratios, psnrs = [4, 8, 12], [0.0, 0.5, 1.0], [5.0, 20.0]
+    rng = np.random.default_rng(0)
+    table = np.exp(rng.normal(size=(1, 3, 3, 2)))
+    source = table_mse(table, steps, ratios, psnrs)
+    key = jax.random.key(0)
+
+    def at(*x):
+        return float(source(key, *map(jnp.float32, x)))
+
+    np.testing.assert_allclose(at(8, 0.5, 20.0), table[0, 1, 1, 1], rtol=1e-5)
+    between = np.sqrt(table[0, 0, 1, 0] * table[0, 1, 1, 0])
+    np.testing.assert_allclose(at(6, 0.5, 5.0), between, rtol=1e-5)
+    np.testing.assert_allclose(at(99, 2.0, -9.0), table[0, 2, 2, 0], rtol=1e-5)
+    # A table of the analytic surface, made fine, is the analytic surface; pictures are drawn evenly.
+    fine = np.linspace(0, 1, 101)
+    surface = np.array([[[float(analytic_mse(key, t, r, 0.0))] for r in fine] for t in range(4, 13)])
+    pair = table_mse(np.stack([surface, 2 * surface]), list(range(4, 13)), fine, [10.0])
+    draws = jax.vmap(lambda k: pair(k, jnp.float32(7), jnp.float32(0.333), jnp.float32(10)))(
+        jax.random.split(key, 2000)
+    )
+    one = float(analytic_mse(key, 7.0, 0.333, 10.0))
+    assert set(np.round(np.asarray(draws) / one, 2)) == {1.0, 2.0}
+    np.testing.assert_allclose(np.mean(draws) / one, 1.5, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("table", "steps", "message"),
+    [
+        (np.ones((1, 2, 1, 1)), [4], "shape"),
+        (np.ones((1, 2, 1, 1)), [8, 4], "increase"),
+        (np.zeros((1, 2, 1, 1)), [4, 8], "positive"),
+    ],
+)
+def test_bad_tables_are_refused(table, steps, message):
+    with pytest.raises(MegError, match=message):
+        table_mse(table, steps, [0.0], [10.0])
+
+
+def test_gymnasium_accepts_it():
+    gymnasium = pytest.importorskip("gymnasium")
+    from gymnasium.utils.env_checker import check_env
+
+    from megjax.rl.gymnasium_env import MegEnv, MegVectorEnv
+
+    check_env(MegEnv(), skip_render_check=True)
+    env = gymnasium.wrappers.RecordEpisodeStatistics(MegEnv(cost_of=lambda costs: float(costs[0])))
+    env.reset(seed=3)
+    for frame in range(64):
+        *_, truncated, info = env.step(np.array([0.2, 0.3], np.float32))
+        assert truncated == (frame == 63)
+        assert isinstance(info["cost"], float)
+    vector = MegVectorEnv(3)
+    observation, _ = vector.reset(seed=3)
+    assert vector.observation_space.contains(observation)
+    for frame in range(64):
+        observation, _, _, truncated, info = vector.step(np.full((3, 2), 0.4, np.float32))
+        assert truncated.all() == (frame == 63)
+        assert info["cost"].shape == (3, 2)
+    assert info["final_obs"][0].shape == (3,)
+    assert info["final_obs"][0][1] > 0 == observation[0, 1]
