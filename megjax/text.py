@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +22,9 @@ def load_tokenizers(folder: str | Path) -> tuple[CLIPTokenizer, ...]:
 
     Raises `WeightsError` if a vocabulary is missing or broken, or if the two differ in length.
     """
-    from transformers import CLIPTokenizer  # takes a second to import
+    # On import transformers advises to install PyTorch, which tokenizers don't need.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import CLIPTokenizer  # not above: it takes a second
 
     folders = [Path(folder, "tokenizer")]
     if (second := Path(folder, "tokenizer_2")).is_dir():
@@ -35,7 +39,9 @@ def load_tokenizers(folder: str | Path) -> tuple[CLIPTokenizer, ...]:
         try:
             tokenizers.append(CLIPTokenizer.from_pretrained(part, local_files_only=True))
         except Exception as error:  # the Rust tokenizers raise bare Exception
-            raise WeightsError(f"{part}: not a CLIP tokenizer ({str(error).splitlines()[0]})") from error
+            raise WeightsError(
+                f"{part}: not a CLIP tokenizer ({str(error).partition(chr(10))[0]})"
+            ) from error
     lengths = [tokenizer.model_max_length for tokenizer in tokenizers]
     if len(set(lengths)) != 1 or lengths[0] > 100_000:
         raise WeightsError(
@@ -57,28 +63,29 @@ def tokenize(
     Raises `MegError` for a prompt that is empty or longer than the model reads, and for words that a small
     vocabulary does not have; nothing is cut off silently.
     """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise MegError("prompts: none given; one a picture is needed")
     ids = []
     for tokenizer in tokenizers:
         limit = tokenizer.model_max_length
-        rows = tokenizer(list(prompts), padding=False, truncation=False, verbose=False)["input_ids"]
+        rows = tokenizer(prompts, padding=False, truncation=False, verbose=False)["input_ids"]
         for prompt, row in zip(prompts, rows, strict=True):
+            shown = repr(prompt if len(prompt) <= 60 else f"{prompt[:60]}...")
             if len(row) == 2 and not allow_empty:
-                raise MegError(f"prompt {prompt!r} is empty; describe the picture in 1 to {limit - 2} tokens")
-            if len(row) > limit:
-                shown = prompt if len(prompt) <= 40 else f"{prompt[:40]}..."
-                raise MegError(
-                    f"prompt {shown!r} has {len(row) - 2} tokens; at most {limit - 2} are allowed, shorten it"
-                )
+                raise MegError(f"prompt {shown} is empty; describe the picture in 1 to {limit - 2} tokens")
             if tokenizer.unk_token_id in row[1:-1]:
-                raise MegError(
-                    f"prompt {prompt!r}: unknown {_unknown(tokenizer, prompt)}; use the model's vocabulary"
-                )
+                raise MegError(f"prompt {shown}: not in the vocabulary: {_unknown(tokenizer, prompt)}")
+            if len(row) > limit:
+                raise MegError(f"prompt {shown} has {len(row) - 2} tokens; shorten it to {limit - 2} at most")
         ids.append([row + [tokenizer.pad_token_id] * (limit - len(row)) for row in rows])
     return np.asarray(ids, np.int32)
 
 
 def _unknown(tokenizer: CLIPTokenizer, prompt: str) -> str:
+    """The words that hold a token which the vocabulary lacks."""
     encoded = tokenizer(prompt, return_offsets_mapping=True)
-    spans = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    words = [prompt[a:b] for token, (a, b) in list(spans)[1:-1] if token == tokenizer.unk_token_id]
-    return ", ".join(dict.fromkeys(map(repr, words)))
+    pairs = list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))[1:-1]
+    starts = [start for token, (start, _) in pairs if token == tokenizer.unk_token_id]
+    words = [m for m in re.finditer(r"\S+", prompt) if any(m.start() <= start < m.end() for start in starts)]
+    return ", ".join(dict.fromkeys(repr(word[0]) for word in words))

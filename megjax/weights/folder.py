@@ -60,7 +60,8 @@ def open_folder(model: str | Path, *, variant: str | None = None) -> ModelFolder
     index = formats.read_json(path / "model_index.json")
     configs = {}
     for part in CLASSES:
-        _, name = entry if isinstance(entry := index.get(part), list) and len(entry) == 2 else (None, None)
+        entry = index.get(part)  # [library, class]
+        name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if name is None:
             if part in _OPTIONAL:
                 continue
@@ -86,10 +87,10 @@ def _check_class(origin: Path, part: str, found: list[Any]) -> None:
 
 def _download(model: str, variant: str | None) -> Path:
     """Fetch a hub repository's configs and one format of its weights; returns the local snapshot."""
+    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
@@ -103,7 +104,7 @@ def _download(model: str, variant: str | None) -> Path:
 
     def fetch(suffix: formats.Format, parts: list[str]) -> Path:
         dotted = f".{variant}" if variant else ""
-        weights = [f"{part}/*{dotted}{tail}" for part in parts for tail in (f".{suffix}", f"-*.{suffix}")]
+        weights = [f"{part}/*{dotted}*.{suffix}" for part in parts]
         index = [f"{part}/*.index{dotted}.json" for part in parts]
         # Repositories hold every variant; without one, names with a second dot are not wanted.
         ignore = None if variant else [f"*.*.{suffix}", "*.index.*.json"]
@@ -123,9 +124,9 @@ def _download(model: str, variant: str | None) -> Path:
     except RepositoryNotFoundError:
         reason = "no such folder, and no such repository on the hub"
     except HFValidationError as error:
-        reason = f"no such folder, and not a hub id ({error})"
+        reason = f"no such folder, and not a hub id ({formats.first_line(error)})"
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         reason = "no such folder; not in the hub's cache either, and the hub is offline or cannot be reached"
-    except (HfHubHTTPError, OSError) as error:
-        reason = f"the download failed ({str(error).splitlines()[0]})"
+    except (httpx.HTTPError, OSError) as error:
+        reason = f"the download failed ({formats.first_line(error)})"
     raise WeightsError(f"{model}: {reason}")

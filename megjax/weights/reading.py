@@ -13,12 +13,13 @@ from jax.typing import DTypeLike
 
 from megjax.errors import WeightsError
 from megjax.weights import formats, names
+from megjax.weights.stored import DTYPES, Tensor
 
 
 class _Source(NamedTuple):
     name: str
     slot: names.Slot
-    tensor: formats.Tensor
+    tensor: Tensor
 
 
 def load(
@@ -71,7 +72,7 @@ def load(
     return unflatten_dict(loaded)
 
 
-def _match(path: Path, slots: dict[str, names.Slot], tensors: dict[str, formats.Tensor]) -> list[_Source]:
+def _match(path: Path, slots: dict[str, names.Slot], tensors: dict[str, Tensor]) -> list[_Source]:
     """Pair each slot with its stored tensor, or say all that is wrong at once."""
     sources: dict[str, _Source] = {}
     unexpected, misshapen, untyped = [], [], []
@@ -89,8 +90,8 @@ def _match(path: Path, slots: dict[str, names.Slot], tensors: dict[str, formats.
             layout = "torch" if name.endswith("weight") else "flax"
             expected = names.to_stored(np.broadcast_to(0, slot.shape), slot, layout).shape
             misshapen.append(f"{name} is {tensor.shape}, expected {expected}")
-        elif tensor.dtype not in formats.DTYPES:
-            untyped.append(f"{name} is {tensor.dtype}, expected {', '.join(formats.DTYPES)}")
+        elif tensor.dtype not in DTYPES:
+            untyped.append(f"{name} is {tensor.dtype}, expected {', '.join(DTYPES)}")
     missing = [key for key in slots if key not in sources]
     complaints = {
         "missing": missing,
@@ -110,14 +111,14 @@ def _match(path: Path, slots: dict[str, names.Slot], tensors: dict[str, formats.
 
 def _fill(path: Path, into: np.ndarray, source: _Source) -> int:
     """Write a stored tensor into its place; returns the bytes read."""
-    stored = source.tensor.read()
+    values = source.tensor.read()
     with np.errstate(over="ignore"):  # an overflow is reported below, by name
-        names.copy_into(into, names.to_ours(stored, source.name, source.slot))
+        names.copy_into(into, names.to_ours(values, source.name, source.slot))
     if not np.isfinite(into).all():
         raise WeightsError(
             f"{path}: {source.name} is not finite in {into.dtype}; the file is damaged or needs a wider dtype"
         )
-    return stored.nbytes
+    return values.nbytes
 
 
 def _put(host: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from megjax.errors import MegError, WeightsError
 from megjax.weights import formats, names
+from megjax.weights.stored import DTYPES
 
 _SAFETENSORS_SHARD_BYTES = 5_000_000_000
 
@@ -110,8 +111,8 @@ def save(
 def _items(params: Mapping[str, Any], format: formats.Format) -> list[_Item]:
     leaves = names.flatten(params)
     for path, leaf in leaves.items():
-        if leaf.dtype.name not in formats.DTYPES:
-            raise MegError(f"params: {'/'.join(path)} is {leaf.dtype}; allowed: {', '.join(formats.DTYPES)}")
+        if leaf.dtype.name not in DTYPES:
+            raise MegError(f"params: {'/'.join(path)} is {leaf.dtype}; allowed: {', '.join(DTYPES)}")
     layout = "torch" if format == "safetensors" else "flax"
     return [
         _Item(names.stored_name(name, slot, layout), slot, leaves[slot.path])

@@ -2,8 +2,9 @@
 
     python tests/weights/make_sdxl_names.py
 
-Needs the extra `parity`. The U-Net's and the VAE's Flax names come from diffusers 0.39.0, the last version
-that has Flax classes. Takes a minute.
+Needs the extra `parity`; takes a minute. The Flax names of U-Net and VAE come from diffusers 0.39.0, the last
+version that has Flax classes. Those of the text encoders come from transformers 4.55.4, when run with it;
+otherwise they are kept as they are in the file.
 """
 
 from __future__ import annotations
@@ -52,14 +53,19 @@ def torch_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def flax_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the Flax diffusers class's parameters."""
+    """Names and shapes of the Flax class's parameters."""
     import diffusers
+    import transformers
 
     raw = models.to_dict(config)
-    module = getattr(diffusers, f"Flax{raw['_class_name']}").from_config(raw)
-    module = module[0] if isinstance(module, tuple) else module
-    tree = jax.eval_shape(lambda key: module.init_weights(key), jax.random.PRNGKey(0))
-    return {"/".join(path): tuple(leaf.shape) for path, leaf in flatten_dict(tree).items()}
+    if name := raw.get("_class_name"):
+        module = getattr(diffusers, f"Flax{name}").from_config(raw)
+        module = module[0] if isinstance(module, tuple) else module
+        tree = jax.eval_shape(module.init_weights, jax.random.PRNGKey(0))
+    else:
+        make = getattr(transformers, f"Flax{raw['architectures'][0]}")
+        tree = make(transformers.CLIPTextConfig(**raw), _do_init=False).params_shape_tree
+    return {"/".join(path): tuple(leaf.shape) for path, leaf in flatten_dict(dict(tree)).items()}
 
 
 def _lines(shapes: dict[str, tuple[int, ...]]) -> np.ndarray:
@@ -68,9 +74,18 @@ def _lines(shapes: dict[str, tuple[int, ...]]) -> np.ndarray:
 
 def main() -> None:
     """Write the file beside this script."""
-    found = {f"{part}_torch": _lines(torch_shapes(config)) for part, config in SDXL.items()}
-    found |= {f"{part}_flax": _lines(flax_shapes(SDXL[part])) for part in ("unet", "vae")}
-    np.savez_compressed(Path(__file__).with_name("sdxl_names.npz"), **found)
+    import transformers
+
+    path = Path(__file__).with_name("sdxl_names.npz")
+    found = dict(np.load(path)) if path.exists() else {}
+    if hasattr(transformers, "FlaxCLIPTextModel"):
+        found |= {
+            f"{part}_flax": _lines(flax_shapes(SDXL[part])) for part in ("text_encoder", "text_encoder_2")
+        }
+    else:
+        found |= {f"{part}_torch": _lines(torch_shapes(config)) for part, config in SDXL.items()}
+        found |= {f"{part}_flax": _lines(flax_shapes(SDXL[part])) for part in ("unet", "vae")}
+    np.savez_compressed(path, **found)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from weight_trees import CONFIGS, component, same
 from megjax import weights
 from megjax.errors import WeightsError
 from megjax.weights import formats
+from megjax.weights.stored import DTYPES
 
 FORMATS = ("safetensors", "msgpack")
 CLIP_FILES = {"safetensors": "model.safetensors", "msgpack": "flax_model.msgpack"}
@@ -93,7 +94,7 @@ def test_variants(tmp_path):
 
 
 def test_old_names_and_buffers(tmp_path):
-    """Checkpoints older than PyTorch's present names: the VAE's attention, the text encoder's `position_ids`."""
+    """Checkpoints older than PyTorch's present names: the VAE's attention, the text encoder's buffers."""
     shapes, params, config = component("vae")
     weights.save(tmp_path / "vae", params, config)
     file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
@@ -277,7 +278,7 @@ def test_damaged_headers(whole_files, tmp_path, format, data):
     try:
         found = formats.tensors(file)
         for tensor in found.values():
-            if tensor.dtype in formats.DTYPES:
+            if tensor.dtype in DTYPES:
                 assert tensor.read().shape == tensor.shape
     except WeightsError:
         pass
@@ -291,6 +292,15 @@ def test_damaged_headers(whole_files, tmp_path, format, data):
         np.zeros(2, np.float32),
         {"a": 1 + 2j},
         {"a": {"__msgpack_chunked_array__": True, "shape": {"0": 2}, "chunks": {}}},
+        {"a": {"__msgpack_chunked_array__": True, "shape": {"0": 2}, "chunks": {"0": 1}}},
+        {"a": {"__msgpack_chunked_array__": True, "shape": 3, "chunks": {"0": np.zeros(2, np.float32)}}},
+        {
+            "a": {
+                "__msgpack_chunked_array__": True,
+                "shape": {"0": 3},
+                "chunks": {"0": np.zeros(2, np.float32)},
+            }
+        },
     ],
 )
 def test_msgpack_that_is_no_tree_of_arrays(tmp_path, tree):
