@@ -1,0 +1,1 @@
+"""Thin mains that train: `python -m train.NAME PRESET`."""

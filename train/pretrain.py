@@ -6,7 +6,13 @@ import jax
 import tyro
 
 from configs.pretrain import PRESETS
-from megjax.training.pretrain import PretrainConfig, latent_pool, train_autoencoder, train_decoder, train_denoiser
+from megjax.training.pretrain import (
+    PretrainConfig,
+    latent_pool,
+    train_autoencoder,
+    train_decoder,
+    train_denoiser,
+)
 
 
 def main(config: PretrainConfig) -> None:
@@ -15,10 +21,10 @@ def main(config: PretrainConfig) -> None:
     key_vae, key_pool, key_denoiser = jax.random.split(jax.random.key(config.seed), 3)
     autoencoder = train_autoencoder(config, key_vae)
     if "decoder" in config.stages:
-        decoder = train_decoder(config, autoencoder, jax.random.fold_in(key_vae, 1))
+        train_decoder(config, autoencoder, jax.random.fold_in(key_vae, 1))
     if "denoiser" in config.stages:
         data, _ = latent_pool(config, autoencoder["encoder"], key_pool)
-        denoiser = train_denoiser(config, data, key_denoiser)
+        train_denoiser(config, data, key_denoiser)
 
 
 if __name__ == "__main__":

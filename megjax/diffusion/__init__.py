@@ -1,6 +1,15 @@
 """Diffusion: the noise schedule, the solvers and their guidance."""
 
-from megjax.diffusion.ddim import Denoise, Schedule, Spacing, ddim, ddim_timesteps, noised, read_schedule, schedule
+from megjax.diffusion.ddim import (
+    Denoise,
+    Schedule,
+    Spacing,
+    ddim,
+    ddim_timesteps,
+    noised,
+    read_schedule,
+    schedule,
+)
 from megjax.diffusion.guidance import Conditioning, conditioned, encode_text, guided
 
 __all__ = [

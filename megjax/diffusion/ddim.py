@@ -63,7 +63,7 @@ def schedule(
 
 
 def read_schedule(path: str | Path) -> Schedule:
-    """Read diffusers' `scheduler_config.json`; raises `WeightsError` unless it is a scaled-linear eps schedule."""
+    """Read diffusers' `scheduler_config.json`; raises `WeightsError` unless it is SDXL's kind."""
     path = Path(path)
     try:
         raw = json.loads(path.read_text())

@@ -32,7 +32,7 @@ def encode_text(
     ids: tuple[Int[Array, "B L"], Int[Array, "B L"]],
     size: tuple[int, int],
 ) -> Conditioning:
-    """SDXL's conditioning: both penultimate hidden states side by side, and the second encoder's pooled output.
+    """SDXL's conditioning: both penultimate states side by side, and the second encoder's pooled output.
 
     Args:
         encoders: both text encoders.

@@ -92,7 +92,9 @@ def check(request: Request, pipeline: Pipeline) -> None:
     if not 0 <= request.ratio <= limit:
         raise MegError(f"ratio {request.ratio}: from 0 to {limit} are allowed")
     if math.isnan(request.psnr_db) or request.psnr_db == -math.inf:
-        raise MegError(f"psnr_db {request.psnr_db}: any number of dB is allowed, or inf for a perfect channel")
+        raise MegError(
+            f"psnr_db {request.psnr_db}: any number of dB is allowed, or inf for a perfect channel"
+        )
     if not math.isfinite(request.guidance) or request.guidance < 0:
         raise MegError(f"guidance {request.guidance}: finite numbers from 0 on are allowed")
     if not 0 < request.strength <= 1:
@@ -130,7 +132,9 @@ def generate(
     check(request, pipeline)
     height, width = request.height or pipeline.image_size, request.width or pipeline.image_size
     if init_image_HxWx3 is not None and init_image_HxWx3.shape != (height, width, 3):
-        raise MegError(f"the picture to start from is {init_image_HxWx3.shape}; resize it to {height, width, 3}")
+        raise MegError(
+            f"the picture to start from is {init_image_HxWx3.shape}; resize it to {height, width, 3}"
+        )
     ids = tokenize(pipeline.tokenizers, [request.prompt])
     empty_ids = tokenize(pipeline.tokenizers, [request.negative_prompt], allow_empty=True)
     params = pipeline.params
@@ -175,5 +179,10 @@ def generate(
         grid=grid,
     )
     return Generated(
-        image, reference, int(received.tokens_B[0]), int(bits), mse, -10 * math.log10(mse) if mse else math.inf
+        image,
+        reference,
+        int(received.tokens_B[0]),
+        int(bits),
+        mse,
+        -10 * math.log10(mse) if mse else math.inf,
     )

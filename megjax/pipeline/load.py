@@ -134,6 +134,6 @@ def _check_widths(model: str, networks: dict[str, Network]) -> None:
     width = text.hidden_size + text_2.hidden_size
     if width != unet.cross_attention_dim or text_2.projection_dim != unet.pooled_dim:
         raise WeightsError(
-            f"{model}: text encoders of width {width}, pooled {text_2.projection_dim}, do not fit a U-Net with "
-            f"cross_attention_dim {unet.cross_attention_dim} and pooled width {unet.pooled_dim}"
+            f"{model}: text encoders of width {width}, pooled {text_2.projection_dim}, do not fit a U-Net "
+            f"with cross_attention_dim {unet.cross_attention_dim} and pooled width {unet.pooled_dim}"
         )

@@ -1,4 +1,4 @@
-"""The split itself, Eq. (8): y = decode(unmerge(channel(merge(denoise(x, T), r)))), as three compiled functions."""
+"""The split, Eq. (8): y = decode(unmerge(channel(merge(denoise(x, T), r)))), as compiled functions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Received(NamedTuple):
     """
 
     z_BxHxWxC: Float[Array, "B H W C"]
-    tokens_B: Int[Array, "B"]
+    tokens_B: Int[Array, B]
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("size",))
@@ -115,6 +115,8 @@ def decode(pipeline: Pipeline, params: Params, z_BxHxWxC: Float[Array, "B h w c"
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def encode(pipeline: Pipeline, params: Params, image_BxHxWx3: Float[Array, "B H W 3"]) -> Float[Array, "B h w c"]:
+def encode(
+    pipeline: Pipeline, params: Params, image_BxHxWx3: Float[Array, "B H W 3"]
+) -> Float[Array, "B h w c"]:
     """Run the VAE encoder on pictures in [0, 1]; returns the mean of the normalised latents."""
     return pipeline.vae_encoder(params, image_BxHxWx3)[0]

@@ -39,9 +39,9 @@ def denoiser_loss(
 ) -> Loss:
     """Weighted noise prediction: w(t) || eps_theta(z_t, t, text) - n ||^2, w = min(1/abar_t, 30).
 
-    The layout of a picture, and which colour belongs to which shape, is decided where the noise is high and errors
-    in eps are small: there the weight makes it an error in velocity, and timesteps are drawn with a density that
-    rises linearly, from half the mean at t = 0 to one and a half at the end.
+    The layout of a picture, and which colour belongs to which shape, is decided where the noise is high and
+    errors in eps are small: there the weight makes it an error in velocity, and timesteps are drawn with a
+    density that rises linearly, from half the mean at t = 0 to one and a half at the end.
 
     Args:
         unet: of parameters `params["unet"]`.

@@ -44,7 +44,7 @@ def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> Train
 def make_step(loss: Loss, optimizer: optax.GradientTransformation, ema_decay: float) -> Step:
     """The update `(state, key, batch) -> (state, metrics)`; `key` is the run's, folded with the step here.
 
-    The EMA's decay is min(ema_decay, (1 + n)/(10 + n)) (spec section 4), so that early averages forget the start.
+    The EMA's decay is min(ema_decay, (1 + n)/(10 + n)) (spec section 4): early averages forget the start.
     """
 
     def step(state: TrainState, key: Key[Array, ""], batch: Any) -> tuple[TrainState, Metrics]:

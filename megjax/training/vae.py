@@ -13,7 +13,7 @@ from megjax.training.step import Loss, Metrics
 
 
 def autoencoder_loss(encoder: Network, decoder: Network, kl_weight: float) -> Loss:
-    """Mean squared error plus `kl_weight` times the KL divergence, both summed over a picture, per pixel value.
+    """Mean squared error plus `kl_weight` times the KL divergence, both summed over a picture, a pixel value.
 
     Args:
         encoder: of parameters `params["encoder"]`.

@@ -1,0 +1,5 @@
+"""The `megjax` command."""
+
+from megjax.cli.main import main
+
+__all__ = ["main"]

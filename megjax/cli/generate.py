@@ -1,0 +1,224 @@
+"""`megjax generate PROMPT`: a picture through the split, and what it cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from PIL import Image, ImageDraw, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from megjax.errors import MegError
+from megjax.link import channel, profiles
+from megjax.link.cost import FrameCost, frame_cost
+from megjax.link.features import FeatureRules
+from megjax.models import Options
+from megjax.pipeline import Generated, Pipeline, Request, check, generate, load_pipeline
+from megjax.pipeline.workload import workload
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+GRID_STEPS = (4, 6, 8, 12)
+GRID_RATIOS = (0.0, 0.2, 0.4, 0.6, 0.8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Generate a picture through the split and print what it cost.
+
+    The edge server denoises and merges, the channel adds noise, the device un-merges and decodes. The clean
+    reference has the same seed, 12 steps, nothing merged and a perfect channel.
+    """
+
+    prompt: tyro.conf.Positional[str]
+    """What the picture shows. MEG-Tiny draws scenes such as "a red circle left of a blue square"."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("out.png")
+    """Where the picture goes, as PNG."""
+    model: str = "tiny"
+    """`tiny`, a folder in diffusers layout, or a hub id of an SDXL model."""
+    steps: int = 8
+    """Denoising steps T."""
+    ratio: float = 0.4
+    """Merging ratio r, from 0 to 15/16."""
+    psnr_db: float = 10.0
+    """Signal-to-noise ratio of the features on the channel; inf is a perfect channel."""
+    seed: int = 0
+    """Of the noise, the partition of the tokens and the channel."""
+    negative_prompt: str = ""
+    """What guidance leads away from."""
+    guidance: float = 2.5
+    """Of classifier-free guidance."""
+    init_image: Path | None = None
+    """Picture to start from (image-to-image)."""
+    strength: float = 0.6
+    """How far to leave `init_image`: 1 forgets it."""
+    height: int | None = None
+    """Of the picture in pixels; the model's own if not given."""
+    width: int | None = None
+    """Likewise."""
+    grid: bool = False
+    """Draw a contact sheet over steps and ratios instead of one picture."""
+    distance_m: float = 250.0
+    """From the server to the device; gives the link's rate."""
+    snr_db: float | None = None
+    """The link's signal-to-noise ratio, in place of the distance."""
+    profile: str = "paper"
+    """Hardware profile: a name such as `a100`, or a JSON file that `python -m eval.profile` wrote."""
+    rules: FeatureRules = "default"
+    """`paper` for the authors' token layout, noise and side information."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of weights and activations."""
+
+
+def generate_command(args: tyro.conf.OmitArgPrefixes[Generate]) -> None:
+    """Generate a picture through the split and print what it cost."""
+    output = _writable(args.output)
+    request = Request(
+        args.prompt,
+        args.negative_prompt,
+        args.steps,
+        args.ratio,
+        args.psnr_db,
+        args.guidance,
+        args.seed,
+        args.rules,
+        args.strength,
+        args.height,
+        args.width,
+    )
+    profile = profiles.load(args.profile)
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("starting", total=None)
+
+        def stage(name: str) -> None:
+            progress.update(task, description=name)
+
+        options = Options(dtype=DTYPES[args.dtype], param_dtype=DTYPES[args.dtype])
+        pipeline = load_pipeline(args.model, options, on_part=lambda part: stage(f"loading {part}"))
+        check(request, pipeline)
+        size = request.height or pipeline.image_size, request.width or pipeline.image_size
+        start = None if args.init_image is None else _read_picture(args.init_image, size)
+        if args.grid:
+            _save(output, _contact_sheet(pipeline, request, start, stage))
+            return
+        result = generate(pipeline, request, start, on_stage=stage)
+        stage("counting FLOPs")
+        params = channel.DEFAULT_LINK
+        snr = channel.snr(args.distance_m) if args.snr_db is None else channel.from_db(args.snr_db)
+        rate_bps = channel.rate_bps(snr, params)
+        cost = frame_cost(
+            profiles.compute(profile, workload(pipeline, size), image_to_image=start is not None),
+            args.steps,
+            result.payload_bits,
+            rate_bps,
+            float(channel.from_db(params.tx_power_dbm - 30.0)),
+        )
+    _save(output, Image.fromarray(_to_uint8(result.image_HxWx3)))
+    Console().print(_table(args, result, cost, float(rate_bps), output))
+
+
+def _table(args: Generate, result: Generated, cost: FrameCost, rate_bps: float, output: Path) -> Table:
+    table = Table("", "latency", "energy", title=f"{output}: {args.steps} steps, ratio {args.ratio:g}")
+    for part, seconds, joules in (
+        ("edge server", cost.latency_es_s, cost.energy_es_j),
+        (f"channel, {rate_bps / 1e6:.3f} Mbit/s", cost.latency_tx_s, cost.energy_tx_j),
+        ("device", cost.latency_ue_s, cost.energy_ue_j),
+        ("total", cost.latency_s, cost.energy_j),
+    ):
+        table.add_row(part, _engineering(float(seconds), "s"), _engineering(float(joules), "J"))
+    table.add_section()
+    table.add_row("payload", f"{result.payload_bits} bits", f"{result.tokens} tokens")
+    table.add_row("against the reference", f"MSE {result.mse:.5f}", f"PSNR {result.psnr_db:.2f} dB")
+    table.caption = f"latency and energy modelled: hardware profile {args.profile}, Eqs. (1)-(7)"
+    return table
+
+
+def _engineering(value: float, unit: str) -> str:
+    if value == 0:
+        return f"0 {unit}"
+    thousand = min(max(math.floor(math.log10(abs(value)) / 3), -3), 1)
+    return f"{value / 1000.0**thousand:.3g} {['n', 'µ', 'm', '', 'k'][thousand + 3]}{unit}"
+
+
+def _contact_sheet(
+    pipeline: Pipeline, request: Request, start: np.ndarray | None, stage: Callable[[str], None]
+) -> Image.Image:
+    """Pictures over steps (rows) and ratios (columns), each with its PSNR against the reference."""
+    margin, label = 4, 14
+    results = []
+    for steps in GRID_STEPS:
+        for ratio in GRID_RATIOS:
+            each = dataclasses.replace(request, steps=steps, ratio=ratio)
+            results.append((f"T {steps}, r {ratio:g}", generate(pipeline, each, start, on_stage=stage)))
+    height, width = results[0][1].image_HxWx3.shape[:2]
+    # Small pictures would be smaller than their labels.
+    zoom = max(1, 128 // width)
+    height, width = height * zoom, width * zoom
+    sheet = Image.new(
+        "RGB",
+        (
+            len(GRID_RATIOS) * (width + margin) + margin,
+            len(GRID_STEPS) * (height + label + margin) + margin,
+        ),
+        "white",
+    )
+    draw = ImageDraw.Draw(sheet)
+    for i, (name, result) in enumerate(results):
+        row, column = divmod(i, len(GRID_RATIOS))
+        x, y = margin + column * (width + margin), margin + row * (height + label + margin)
+        draw.text((x, y), f"{name}, {result.psnr_db:.1f} dB", fill="black")
+        picture = Image.fromarray(_to_uint8(result.image_HxWx3))
+        sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y + label))
+    return sheet
+
+
+def _to_uint8(image: np.ndarray) -> np.ndarray:
+    return np.round(image * 255).astype(np.uint8)
+
+
+def _writable(path: Path) -> Path:
+    """Refuse an output that cannot be written before anything is computed."""
+    folder = path.parent
+    if path.suffix.lower() != ".png":
+        raise MegError(f"output {path}: give a file name that ends in .png")
+    if not folder.is_dir():
+        raise MegError(f"output {path}: there is no folder {folder}; create it first")
+    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise MegError(f"output {path}: not writable; choose another file")
+    return path
+
+
+def _save(path: Path, picture: Image.Image) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    picture.save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def _read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """Read a picture, cropped to the aspect of `size` (height, width) and resized to it; in [0, 1]."""
+    try:
+        picture = Image.open(path).convert("RGB")
+    except FileNotFoundError:
+        raise MegError(f"init-image {path}: no such file") from None
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise MegError(f"init-image {path}: not a readable picture ({error})") from None
+    height, width = size
+    scale = max(width / picture.width, height / picture.height)
+    resized = picture.resize(
+        (max(width, round(picture.width * scale)), max(height, round(picture.height * scale))),
+        Image.Resampling.LANCZOS,
+    )
+    left, top = (resized.width - width) // 2, (resized.height - height) // 2
+    cropped = resized.crop((left, top, left + width, top + height))
+    return np.asarray(cropped, np.float32) / 255

@@ -1,0 +1,145 @@
+"""The DDIM solver: against closed forms, against diffusers' rule for the timesteps, and its compilation."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megjax.diffusion import Conditioning, ddim, ddim_timesteps, noised, read_schedule, schedule
+from megjax.errors import MegError, WeightsError
+
+SCHEDULES = {
+    "leading": schedule(spacing="leading", offset=1),
+    "trailing": schedule(spacing="trailing", offset=0),
+}
+
+
+def test_schedule_is_sdxls():
+    abar = np.asarray(schedule().abar, np.float64)
+    assert abar.shape == (1000,)
+    # 1 - 0.00085, and the value that SDXL's terminal signal-to-noise ratio is known for.
+    np.testing.assert_allclose(abar[0], 0.99915, rtol=1e-6)
+    np.testing.assert_allclose(abar[-1], 0.0047, atol=5e-5)
+
+
+def diffusers_timesteps(steps, spacing):
+    """`DDIMScheduler.set_timesteps`, written with numpy as its documentation states it."""
+    if spacing == "leading":
+        return (np.arange(steps) * (1000 // steps))[::-1] + 1
+    return np.round(np.linspace(1000, 0, steps, endpoint=False)).astype(int) - 1
+
+
+@pytest.mark.parametrize("spacing", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 4, 7, 8, 12, 30, 50, 999])
+def test_timesteps(steps, spacing):
+    t, t_next = jax.jit(ddim_timesteps)(SCHEDULES[spacing], steps, np.arange(steps))
+    np.testing.assert_array_equal(t, diffusers_timesteps(steps, spacing))
+    np.testing.assert_array_equal(t - t_next, 1000 // steps)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("spacing", SCHEDULES)
+def test_timesteps_against_diffusers(spacing):
+    diffusers = pytest.importorskip("diffusers")
+    sched = SCHEDULES[spacing]
+    theirs = diffusers.DDIMScheduler(timestep_spacing=spacing, steps_offset=sched.offset)
+    ours = jax.jit(lambda steps: ddim_timesteps(sched, steps, np.arange(50))[0])
+    # Where 1000 / steps ends in a half (48, say), diffusers rounds what floating point leaves of it.
+    for steps in (*range(1, 13), 20, 25, 30, 40, 50):
+        theirs.set_timesteps(steps)
+        np.testing.assert_array_equal(ours(steps)[:steps], theirs.timesteps.numpy(), err_msg=str(steps))
+
+
+def gaussian(std, abar_S):
+    """The exact noise prediction where z_0 ~ N(0, std^2), and the exact end of its ODE from timestep t."""
+
+    def denoise(z, t_B):
+        abar = abar_S[t_B][:, None, None, None]
+        return jnp.sqrt(1 - abar) * z / (abar * std**2 + 1 - abar)
+
+    def end(z, t):
+        variance = lambda a: a * std**2 + 1 - a  # noqa: E731
+        return z * jnp.sqrt(variance(abar_S[0]) / variance(abar_S[t]))
+
+    return denoise, end
+
+
+def test_first_order_convergence_on_gaussian_data():
+    sched = SCHEDULES["trailing"]
+    denoise, end = gaussian(0.5, sched.abar)
+    z = jax.random.normal(jax.random.key(0), (3, 4, 4, 2))
+    # Powers of two divide the last timestep's distance alike, so that only the step size changes.
+    errors = [float(jnp.abs(ddim(denoise, z, sched, n) - end(z, 999)).max()) for n in (10, 20, 40, 80)]
+    orders = np.log2(np.array(errors[:-1]) / errors[1:])
+    assert np.all((orders > 0.8) & (orders < 1.25)), (errors, orders)
+
+
+def test_single_point_data_is_found_in_one_step():
+    # Where every picture is the same one, eps is exact and constant on the way.
+    sched, target = SCHEDULES["trailing"], 0.7
+
+    def denoise(z, t_B):
+        abar = sched.abar[t_B][:, None, None, None]
+        return (z - jnp.sqrt(abar) * target) / jnp.sqrt(1 - abar)
+
+    z = jax.random.normal(jax.random.key(1), (1, 2, 2, 4))
+    expected = [ddim(denoise, z, sched, n) for n in (1, 4, 12)]
+    for out in expected:
+        np.testing.assert_allclose(out, expected[0], atol=2e-4)
+
+
+def test_one_executable_for_every_number_of_steps():
+    sched = SCHEDULES["leading"]
+    denoise, _ = gaussian(1.0, sched.abar)
+
+    @jax.jit
+    @chex.assert_max_traces(1)
+    def run(z, steps, start):
+        return ddim(denoise, z, sched, steps, start)
+
+    z = jnp.ones((1, 2, 2, 1))
+    for steps in range(1, 13):
+        assert np.isfinite(run(z, steps, steps // 2)).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(t=st.integers(0, 999), seed=st.integers(0, 100))
+def test_noised_keeps_unit_variance(t, seed):
+    z0, noise = jax.random.normal(jax.random.key(seed), (2, 1, 32, 32, 4))
+    z = noised(schedule(), z0, noise, jnp.array([t]))
+    np.testing.assert_allclose(float(z.std()), 1.0, atol=0.06)
+
+
+def test_guidance_one_is_the_conditional_prediction():
+    from megjax.diffusion import conditioned, guided
+
+    def unet(params, z, t_B, text, pooled, sizes, token_merge):
+        del pooled, sizes, token_merge
+        return params * z + text.mean((1, 2))[:, None, None, None] + t_B[:, None, None, None]
+
+    def condition(value):
+        return Conditioning(jnp.full((2, 3, 4), value), jnp.zeros((2, 5)), jnp.zeros((2, 6)))
+
+    z, t = jnp.ones((2, 4, 4, 1)), jnp.array([3, 5])
+    alone = conditioned(unet, 2.0, condition(1.0))(z, t)
+    np.testing.assert_allclose(guided(unet, 2.0, condition(1.0), condition(0.0), 1.0)(z, t), alone)
+    thrice = guided(unet, 2.0, condition(1.0), condition(0.0), 3.0)(z, t)
+    np.testing.assert_allclose(thrice, alone + 2.0)
+
+
+def test_bad_schedules(tmp_path):
+    with pytest.raises(MegError, match="beta_start"):
+        schedule(beta_start=0.0)
+    with pytest.raises(MegError, match="linspace"):
+        schedule(spacing="linspace")
+    config = tmp_path / "scheduler_config.json"
+    with pytest.raises(WeightsError, match="scheduler"):
+        read_schedule(config)
+    config.write_text('{"prediction_type": "v_prediction"}')
+    with pytest.raises(WeightsError, match="v_prediction"):
+        read_schedule(config)
+    config.write_text('{"timestep_spacing": "trailing", "steps_offset": 1}')
+    assert read_schedule(config).spacing == "trailing"
