@@ -3,6 +3,7 @@
 from megjax.link.counts import Grid, Rounds, merged_counts
 from megjax.merging.layout import Layout, from_tokens, to_tokens, token_grid
 from megjax.merging.matching import match, match_partition
+from megjax.merging.message import Received, pack, rebuild_plan, unpack
 from megjax.merging.operator import merge, unmerge
 from megjax.merging.partition import Partition, fixed_partition, partition
 from megjax.merging.plan import Plan
@@ -13,6 +14,7 @@ __all__ = [
     "Layout",
     "Partition",
     "Plan",
+    "Received",
     "Rounds",
     "Similarity",
     "cosine",
@@ -23,8 +25,11 @@ __all__ = [
     "match_partition",
     "merge",
     "merged_counts",
+    "pack",
     "partition",
+    "rebuild_plan",
     "to_tokens",
     "token_grid",
     "unmerge",
+    "unpack",
 ]

@@ -54,17 +54,17 @@ def build_plan(
         rows: M.
         weighted: see `match`.
     """
-    first = partitions[0]
+    first, first_round = partitions[0], rounds[0]
     a, b = first.source_A.size, first.destination_B.size
     row_B = jnp.arange(b, dtype=jnp.int32)
     if len(rounds) > 1:
         second = _rows(partitions[1], rounds[1], counts[1], jnp.arange(partitions[1].destination_B.size))
         row_B = jnp.where(jnp.asarray(counts[1]) > 0, second, row_B)
-    row_N = _rows(first, rounds[0], counts[0], row_B)
+    row_N = _rows(first, first_round, counts[0], row_B)
     weight_N = None
-    if not weighted and len(rounds) > 1:
-        size_B = jnp.ones((b,)).at[rounds[0].best_A].add(rounds[0].merged_A.astype(jnp.float32))
-        weight_A = jnp.where(rounds[0].merged_A, 1 / size_B[rounds[0].best_A], 1.0)
+    if not weighted and len(rounds) > 1 and b:
+        size_B = jnp.ones((b,)).at[first_round.best_A].add(first_round.merged_A.astype(jnp.float32))
+        weight_A = jnp.where(first_round.merged_A, 1 / size_B[first_round.best_A], 1.0)
         weight_N = jnp.concatenate([weight_A, 1 / size_B])[first.slot_N]
     total_M = jax.ops.segment_sum(jnp.ones((a + b,)) if weight_N is None else weight_N, row_N, rows)
     count = jnp.asarray(a + b - sum(counts), jnp.int32)
@@ -76,5 +76,6 @@ def _rows(partition: Partition, matches: Matches, count: Count, row_B: Array) ->
     first_destination = partition.source_A.size - count
     row_B = row_B + first_destination
     unmerged = jnp.cumsum(~matches.merged_A, dtype=jnp.int32) - 1
-    row_A = jnp.where(matches.merged_A, row_B[matches.best_A], unmerged)
+    # A grid without a whole cell has no destination to look up, and merges nothing.
+    row_A = jnp.where(matches.merged_A, row_B[matches.best_A], unmerged) if row_B.size else unmerged
     return jnp.concatenate([row_A, row_B])[partition.slot_N].astype(jnp.int32)
