@@ -6,10 +6,10 @@ right only if every attribute that it names is right, no other object is there a
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import permutations, product
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,6 @@ SOFTNESS = (
     1.4  # width of the templates' edges, in pixels: between a picture as rendered (1) and a blurred one
 )
 BATCH = 32  # objects that are matched at once
-
-Outline: TypeAlias = Callable[[Array, Array], Array]
 
 
 class Thing(NamedTuple):
@@ -145,7 +143,8 @@ def _parts(image_SxSx3: np.ndarray, background_3: np.ndarray) -> list[_Part]:
     """Cut a picture into its connected parts other than the background."""
     difference = np.pad(image_SxSx3 - background_3, ((WINDOW, WINDOW), (WINDOW, WINDOW), (0, 0)))
     mask = np.linalg.norm(difference, axis=-1) > CONTRAST
-    labels = np.asarray(ndimage.label(mask, np.ones((3, 3)))[0])
+    labels = np.empty(mask.shape, np.int32)
+    ndimage.label(mask, np.ones((3, 3)), output=labels)
     parts = []
     for label in np.flatnonzero(np.bincount(labels.ravel())[1:] >= MIN_AREA) + 1:
         part = labels == label
@@ -169,23 +168,29 @@ def _centroids() -> np.ndarray:
     return np.array([(y[i].mean(), x[i].mean()) for i in inside], np.float32)
 
 
-def _template_errors(
-    flat_Px3: Array, y_OxP: Array, x_OxP: Array, outline: Outline, radius: float, background_3: Array
+def _errors(
+    pixel_2xP: Array, flat_Px3: Array, centre_KxOx2: Array, radius: float, background_3: Array
 ) -> tuple[Array, Array]:
-    """Squared errors of a shape and size at O centres in T textures and C colours, and its areas.
+    """Squared errors of K shapes at O centres each, in T textures and C colours; and the shapes' areas there.
 
     A template of cover b and tone t changes the background by b (t colour - background). With a = b t, the
     squared error of any colour follows from five sums over the pixels. The part's energy is left out.
     """
     colour_Cx3 = jnp.asarray(COLOUR_RGB)
-    b_OxP = coverage(outline(x_OxP / radius, y_OxP / radius) * (radius / SOFTNESS))
-    a_OxTxP = b_OxP[:, None] * jnp.stack(tones(x_OxP, y_OxP, 1.0 / SOFTNESS), axis=1)
-    ad_OxTxC = a_OxTxP @ flat_Px3 @ colour_Cx3.T
-    bd_O = b_OxP @ flat_Px3 @ background_3
-    aa_OxTxC = jnp.sum(a_OxTxP**2, -1)[..., None] * jnp.sum(colour_Cx3**2, -1)[None, None]
-    ab_OxTxC = jnp.sum(a_OxTxP * b_OxP[:, None], -1)[..., None] * (colour_Cx3 @ background_3)[None, None]
-    bb_O = jnp.sum(b_OxP**2, -1) * jnp.sum(background_3**2)
-    return aa_OxTxC - 2.0 * (ad_OxTxC + ab_OxTxC) + (bb_O + 2.0 * bd_O)[:, None, None], b_OxP.sum(-1)
+    y_KxOxP, x_KxOxP = (pixel_2xP[i][None, None] - centre_KxOx2[..., i, None] for i in range(2))
+    distance_KxOxP = radius * jnp.stack(
+        [outline(x / radius, y / radius) for outline, x, y in zip(OUTLINES, x_KxOxP, y_KxOxP, strict=True)]
+    )
+    b_KxOxP = coverage(distance_KxOxP / SOFTNESS)
+    a_KxOxTxP = b_KxOxP[:, :, None] * jnp.stack(tones(x_KxOxP, y_KxOxP, 1.0 / SOFTNESS), axis=2)
+    ad_KxOxTxC = a_KxOxTxP @ flat_Px3 @ colour_Cx3.T
+    ab_KxOxT = jnp.sum(a_KxOxTxP * b_KxOxP[:, :, None], axis=-1)
+    ab_KxOxTxC = jnp.tensordot(ab_KxOxT, colour_Cx3 @ background_3, axes=0)
+    aa_KxOxTxC = jnp.tensordot(jnp.sum(a_KxOxTxP**2, axis=-1), jnp.sum(colour_Cx3**2, axis=-1), axes=0)
+    bd_KxO = b_KxOxP @ flat_Px3 @ background_3
+    bb_KxO = jnp.sum(b_KxOxP**2, axis=-1) * jnp.sum(background_3**2)
+    of_background = (bb_KxO + 2.0 * bd_KxO)[..., None, None]
+    return aa_KxOxTxC - 2.0 * (ad_KxOxTxC + ab_KxOxTxC) + of_background, jnp.sum(b_KxOxP, axis=-1)
 
 
 def _match(window_WxWx3: Array, centroid_2: Array, background_3: Array, energy: Array) -> tuple[Array, Array]:
@@ -195,22 +200,20 @@ def _match(window_WxWx3: Array, centroid_2: Array, background_3: Array, energy: 
     for radius in RADII:
         margin = max(0, WINDOW // 2 - int(1.15 * radius + 3))  # a small template needs less of the window
         inner = slice(margin, WINDOW - margin)
-        flat_Px3 = window_WxWx3[inner, inner].reshape(-1, 3)
         pixels = np.arange(WINDOW, dtype=np.float32)[inner] + 0.5
         pixel_2xP = jnp.asarray(np.stack(np.meshgrid(pixels, pixels, indexing="ij")).reshape(2, -1))
-        for outline, offset_2 in zip(OUTLINES, _centroids(), strict=True):
-            centre_Ox2 = (centroid_2 - radius * offset_2)[None] + shift_Ox2
-            y_OxP, x_OxP = (pixel_2xP[i][None] - centre_Ox2[:, i, None] for i in range(2))
-            error, area = _template_errors(flat_Px3, y_OxP, x_OxP, outline, radius, background_3)
-            errors.append(error)
-            areas.append(area)
-            centres.append(centre_Ox2)
-    error_KxOxTxC = energy + jnp.stack(errors)  # K: size and shape
-    best = jnp.unravel_index(jnp.argmin(error_KxOxTxC), error_KxOxTxC.shape)
-    kind, shift, texture, colour = best
-    misfit = jnp.sqrt(jnp.maximum(error_KxOxTxC[best], 0.0) / (3.0 * jnp.stack(areas)[kind, shift]))
-    names_4 = jnp.stack([kind % len(OUTLINES), colour, kind // len(OUTLINES), texture])
-    return names_4, jnp.append(jnp.stack(centres)[kind, shift], misfit)
+        centre_KxOx2 = (centroid_2[None] - radius * jnp.asarray(_centroids()))[:, None] + shift_Ox2[None]
+        flat_Px3 = window_WxWx3[inner, inner].reshape(-1, 3)
+        error, area = _errors(pixel_2xP, flat_Px3, centre_KxOx2, radius, background_3)
+        errors.append(error)
+        areas.append(area)
+        centres.append(centre_KxOx2)
+    error_ZxKxOxTxC = energy + jnp.stack(errors)  # Z: size
+    best = jnp.unravel_index(jnp.argmin(error_ZxKxOxTxC), error_ZxKxOxTxC.shape)
+    size, shape, shift, texture, colour = best
+    misfit = jnp.sqrt(jnp.maximum(error_ZxKxOxTxC[best], 0.0) / (3.0 * jnp.stack(areas)[size, shape, shift]))
+    names_4 = jnp.stack([shape, colour, size, texture])
+    return names_4, jnp.append(jnp.stack(centres)[size, shape, shift], misfit)
 
 
 @jax.jit

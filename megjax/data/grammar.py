@@ -84,6 +84,7 @@ def _pairs(phrases: tuple[str, ...]) -> np.ndarray:
     return np.stack([_word_ids((*phrase.split(), "")[:2]) for phrase in phrases])
 
 
+@jax.jit
 def word_slots(scene: Scene) -> Int[Array, "B S"]:
     """The captions as indices into WORDS in a fixed number of slots, `ABSENT` where a caption skips one."""
     (batch,) = scene.two.shape
@@ -126,4 +127,4 @@ def word_slots(scene: Scene) -> Int[Array, "B S"]:
 
 def captions(scene: Scene) -> list[str]:
     """The scenes' captions, at most MAX_WORDS words each."""
-    return [" ".join(WORDS[i] for i in row if i != ABSENT) for row in np.asarray(jax.jit(word_slots)(scene))]
+    return [" ".join(WORDS[i] for i in row if i != ABSENT) for row in np.asarray(word_slots(scene))]

@@ -1,7 +1,7 @@
 """The vocabulary of `scenes` in CLIPTokenizer's files, and its captions' token ids without the tokenizer."""
 
 import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -79,11 +79,12 @@ def write_tokenizer(folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in tokenizer_files().items():
-        partial = folder / (name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(folder / name)
+        part = folder / f"{name}.part"
+        part.write_text(text, encoding="utf-8")
+        part.replace(folder / name)
 
 
+@partial(jax.jit, static_argnames="length")
 def token_ids(scene: Scene, length: int = LENGTH) -> Int[Array, "B L"]:
     """The captions' token ids, as CLIPTokenizer gives them, padded with END to `length`.
 

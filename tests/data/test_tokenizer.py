@@ -48,7 +48,7 @@ def test_ids_are_the_tokenizers(tokenizer: CLIPTokenizer, draw: Draw, split: str
 
 
 def test_ids_are_traced_once(draw: Draw):
-    ids = jax.jit(chex.assert_max_traces(token_ids, n=1))
+    ids = jax.jit(chex.assert_max_traces(lambda scene: token_ids(scene), n=1))
     assert ids(draw(0, batch=3)).shape == (3, LENGTH)
     assert ids(draw(1, batch=3)).shape == (3, LENGTH)
 
