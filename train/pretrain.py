@@ -9,6 +9,7 @@ from configs.pretrain import PRESETS
 from megjax.training.pretrain import (
     PretrainConfig,
     latent_pool,
+    save_backbone,
     train_autoencoder,
     train_decoder,
     train_denoiser,
@@ -16,15 +17,14 @@ from megjax.training.pretrain import (
 
 
 def main(config: PretrainConfig) -> None:
-    """Train both stages; each resumes from its newest checkpoint in `config.folder`."""
+    """Train all stages; each resumes from its newest checkpoint in `config.folder`."""
     config.folder.mkdir(parents=True, exist_ok=True)
     key_vae, key_pool, key_denoiser = jax.random.split(jax.random.key(config.seed), 3)
     autoencoder = train_autoencoder(config, key_vae)
-    if "decoder" in config.stages:
-        train_decoder(config, autoencoder, jax.random.fold_in(key_vae, 1))
-    if "denoiser" in config.stages:
-        data, _ = latent_pool(config, autoencoder["encoder"], key_pool)
-        train_denoiser(config, data, key_denoiser)
+    pool = latent_pool(config, autoencoder["encoder"], key_pool)
+    denoiser = train_denoiser(config, pool.data, key_denoiser)
+    decoder = train_decoder(config, autoencoder, jax.random.fold_in(key_vae, 1))
+    print(save_backbone(config, pool.vae, autoencoder, decoder, denoiser))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from megjax.merging.operator import merge, unmerge
 from megjax.merging.partition import Partition, fixed_partition, partition
 from megjax.merging.plan import Plan
 from megjax.merging.similarity import Similarity, cosine, euclidean
+from megjax.merging.tome import tome
 
 __all__ = [
     "Grid",
@@ -30,6 +31,7 @@ __all__ = [
     "rebuild_plan",
     "to_tokens",
     "token_grid",
+    "tome",
     "unmerge",
     "unpack",
 ]

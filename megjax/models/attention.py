@@ -19,8 +19,11 @@ IMPLEMENTATIONS = ("xla", "cudnn")
 MAX_LOGIT_BYTES = 64 * 2**20
 """Above this the scores are computed for some queries at a time: 16384 tokens would need 1 GiB a head."""
 
-TokenMerge = Callable[[Array, tuple[int, int]], tuple[Array, Callable[[Array], Array]]]
-"""Merges similar tokens before self-attention: (x_BxNxD, grid) -> (merged_BxMxD, unmerge)."""
+Merge = Callable[[Array], tuple[Array, Callable[[Array], Array]]]
+"""Merges similar tokens around one self-attention: x_BxNxD -> (merged_BxMxD, unmerge)."""
+
+TokenMerge = Callable[[tuple[int, int], int], Merge | None]
+"""Says for each transformer, by its grid of tokens and its number in the U-Net, how it merges, if at all."""
 
 
 def attention(
@@ -49,19 +52,39 @@ def attention(
         return jax.nn.dot_product_attention(
             q_BxTxHxD, k_BxSxHxD, v_BxSxHxD, is_causal=causal, implementation="cudnn"
         )
-    B, T, H, _ = q_BxTxHxD.shape
+    B, T, H, D = q_BxTxHxD.shape
+    q_BxTxHxD = (q_BxTxHxD * D**-0.5).astype(q_BxTxHxD.dtype)
     row_bytes = 4 * B * H * k_BxSxHxD.shape[1]
     if causal or T * row_bytes <= MAX_LOGIT_BYTES:
-        return jax.nn.dot_product_attention(q_BxTxHxD, k_BxSxHxD, v_BxSxHxD, is_causal=causal)
+        return _softmax_attention(q_BxTxHxD, k_BxSxHxD, v_BxSxHxD, causal)
     block = _largest_divisor(T, max(1, MAX_LOGIT_BYTES // row_bytes))
 
     # Checkpointed, or the backward pass would keep every block's probabilities after all.
     @jax.checkpoint
     def rows(q_BxtxHxD: Array) -> Array:
-        return jax.nn.dot_product_attention(q_BxtxHxD, k_BxSxHxD, v_BxSxHxD)
+        return _softmax_attention(q_BxtxHxD, k_BxSxHxD, v_BxSxHxD, False)
 
     q_blocks = q_BxTxHxD.reshape(B, T // block, block, H, -1).swapaxes(0, 1)
     return jax.lax.map(rows, q_blocks).swapaxes(0, 1).reshape(q_BxTxHxD.shape)
+
+
+def _softmax_attention(q_BxTxHxD: Array, k_BxSxHxD: Array, v_BxSxHxD: Array, causal: bool) -> Array:
+    """Attention of scaled queries; divides the values by the softmax's sums, not T x S probabilities."""
+    scores = jnp.einsum("BTHD,BSHD->BHTS", q_BxTxHxD, k_BxSxHxD, preferred_element_type=jnp.float32)
+    if causal:
+        T, S = scores.shape[-2:]
+        seen = jnp.arange(T)[:, None] >= jnp.arange(S)[None, :]
+        scores = jnp.where(seen[None, None], scores, -jnp.inf)
+    top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    weights_BxHxTxS = jnp.exp(scores - top)
+    sums_BxTxHx1 = weights_BxHxTxS.sum(-1).swapaxes(1, 2)[..., None]
+    out = jnp.einsum(
+        "BHTS,BSHD->BTHD",
+        weights_BxHxTxS.astype(v_BxSxHxD.dtype),
+        v_BxSxHxD,
+        preferred_element_type=jnp.float32,
+    )
+    return (out / sums_BxTxHx1).astype(q_BxTxHxD.dtype)
 
 
 def _largest_divisor(n: int, limit: int) -> int:
@@ -127,14 +150,12 @@ class TransformerBlock(nnx.Module):
         self.norm3 = layer_norm(dim, 1e-5, options, rngs=rngs)
         self.ff = FeedForward(dim, options, rngs=rngs)
 
-    def __call__(
-        self, x_BxNxD: Array, context_BxSxE: Array, grid: tuple[int, int], token_merge: TokenMerge | None
-    ) -> Array:
+    def __call__(self, x_BxNxD: Array, context_BxSxE: Array, merge: Merge | None = None) -> Array:
         h = self.norm1(x_BxNxD)
-        if token_merge is None:
+        if merge is None:
             x = x_BxNxD + self.attn1(h)
         else:
-            merged, unmerge = token_merge(h, grid)
+            merged, unmerge = merge(h)
             x = x_BxNxD + unmerge(self.attn1(merged))
         x = x + self.attn2(self.norm2(x), context_BxSxE)
         return x + self.ff(self.norm3(x))
@@ -171,13 +192,17 @@ class Transformer2D(nnx.Module):
         self.proj_out = project()
 
     def __call__(
-        self, x_BxHxWxC: Array, context_BxSxE: Array, token_merge: TokenMerge | None = None
+        self,
+        x_BxHxWxC: Array,
+        context_BxSxE: Array,
+        merge_at: Callable[[tuple[int, int]], Merge | None] = lambda _: None,
     ) -> Array:
         B, H, W, C = x_BxHxWxC.shape
+        merge = merge_at((H, W))
         x = self.proj_in(self.norm(x_BxHxWxC)).reshape(B, H * W, C)
 
         def block(module: TransformerBlock, x: Array, context: Array) -> Array:
-            return module(x, context, (H, W), token_merge)
+            return module(x, context, merge)
 
         x = scan(self.transformer_blocks, block, x, context_BxSxE, remat=self.remat)
         return x_BxHxWxC + self.proj_out(x.reshape(B, H, W, C))

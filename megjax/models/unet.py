@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
-from megjax.models.attention import TokenMerge, Transformer2D
+from megjax.models.attention import Merge, TokenMerge, Transformer2D
 from megjax.models.configs import UNetConfig
 from megjax.models.layers import (
     Downsample,
@@ -19,6 +22,8 @@ from megjax.models.layers import (
     sinusoidal,
 )
 from megjax.models.network import Network, Options, network
+
+MergeAt = Callable[[tuple[int, int]], Merge | None]
 
 
 class _Block(nnx.Module):
@@ -75,8 +80,8 @@ class _Block(nnx.Module):
         apply = lambda params, x, emb: nnx.merge(graphdef, params)(x, emb)  # noqa: E731
         return (jax.checkpoint(apply) if self.remat else apply)(params, x, emb)
 
-    def attend(self, i: int, x: Array, text: Array, token_merge: TokenMerge | None) -> Array:
-        return self.attentions[i](x, text, token_merge) if hasattr(self, "attentions") else x
+    def attend(self, i: int, x: Array, text: Array, merge_at: MergeAt) -> Array:
+        return self.attentions[i](x, text, merge_at) if hasattr(self, "attentions") else x
 
 
 class DownBlock(_Block):
@@ -96,12 +101,10 @@ class DownBlock(_Block):
         if level < len(outs) - 1:
             self.downsamplers = nnx.List([Downsample(outs[level], options, rngs=rngs)])
 
-    def __call__(
-        self, x: Array, emb: Array, text: Array, token_merge: TokenMerge | None
-    ) -> tuple[Array, list[Array]]:
+    def __call__(self, x: Array, emb: Array, text: Array, merge_at: MergeAt) -> tuple[Array, list[Array]]:
         skips = []
         for i in range(len(self.resnets)):
-            x = self.attend(i, self.resnet(i, x, emb), text, token_merge)
+            x = self.attend(i, self.resnet(i, x, emb), text, merge_at)
             skips.append(x)
         if hasattr(self, "downsamplers"):
             x = self.downsamplers[0](x)
@@ -119,8 +122,8 @@ class MidBlock(_Block):
             config, options, last, [channels], cross_attention=True, extra_resnet=True, rngs=rngs
         )
 
-    def __call__(self, x: Array, emb: Array, text: Array, token_merge: TokenMerge | None) -> Array:
-        x = self.attend(0, self.resnet(0, x, emb), text, token_merge)
+    def __call__(self, x: Array, emb: Array, text: Array, merge_at: MergeAt) -> Array:
+        x = self.attend(0, self.resnet(0, x, emb), text, merge_at)
         return self.resnet(1, x, emb)
 
 
@@ -144,12 +147,10 @@ class UpBlock(_Block):
         if level > 0:
             self.upsamplers = nnx.List([Upsample(outs[level], options, rngs=rngs)])
 
-    def __call__(
-        self, x: Array, skips: list[Array], emb: Array, text: Array, token_merge: TokenMerge | None
-    ) -> Array:
+    def __call__(self, x: Array, skips: list[Array], emb: Array, text: Array, merge_at: MergeAt) -> Array:
         for i in range(len(self.resnets)):
             x = jnp.concatenate([x, skips.pop()], axis=-1)
-            x = self.attend(i, self.resnet(i, x, emb), text, token_merge)
+            x = self.attend(i, self.resnet(i, x, emb), text, merge_at)
         if hasattr(self, "upsamplers"):
             x = self.upsamplers[0](x, skips[-1].shape[1:3])
         return x
@@ -192,12 +193,17 @@ class UNet(nnx.Module):
             text_BxLxE: the text encoders' penultimate hidden states, side by side.
             pooled_BxP: pooled text embedding of the projecting encoder.
             sizes_Bx6: original height and width, crop top and left, target height and width; pixels.
-            token_merge: merges tokens around each self-attention (ToMe, spec section 5).
+            token_merge: merges tokens around self-attention (ToMe, spec section 5).
 
         Returns:
             The predicted noise, float32.
         """
         cfg = self.config
+        numbers = itertools.count()
+
+        def merge_at(grid: tuple[int, int]) -> Merge | None:
+            return None if token_merge is None else token_merge(grid, next(numbers))
+
         time = sinusoidal(
             t_B, cfg.block_out_channels[0], flip_sin_to_cos=cfg.flip_sin_to_cos, freq_shift=cfg.freq_shift
         )
@@ -214,11 +220,11 @@ class UNet(nnx.Module):
         x = self.conv_in(z_BxHxWxC.astype(self.dtype))
         skips = [x]
         for block in self.down_blocks:
-            x, outputs = block(x, emb_BxE, text, token_merge)
+            x, outputs = block(x, emb_BxE, text, merge_at)
             skips += outputs
-        x = self.mid_block(x, emb_BxE, text, token_merge)
+        x = self.mid_block(x, emb_BxE, text, merge_at)
         for block in self.up_blocks:
-            x = block(x, skips, emb_BxE, text, token_merge)
+            x = block(x, skips, emb_BxE, text, merge_at)
         return self.conv_out(nnx.silu(self.conv_norm_out(x))).astype(jnp.float32)
 
 

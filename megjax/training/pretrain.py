@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxtyping import Array, Key
 from megjax.data.photos import load_photos, random_crops
 from megjax.data.render import render
 from megjax.data.scenes import sample_scenes
-from megjax.data.tokenizer import token_ids, vocabulary
+from megjax.data.tokenizer import token_ids, vocabulary, write_tokenizer
 from megjax.diffusion import schedule
 from megjax.models import (
     CLIPTextConfig,
@@ -26,6 +26,7 @@ from megjax.models import (
     vae_decoder,
     vae_encoder,
 )
+from megjax.pipeline.save import save_pipeline
 from megjax.training.denoiser import Captioned, denoiser_loss
 from megjax.training.loop import fit
 from megjax.training.step import Loss, Metrics, TrainState, adamw, init_state, make_step
@@ -42,8 +43,6 @@ class PretrainConfig:
     text_encoder_2: CLIPTextConfig
     folder: Path = Path("runs/pretrain")
     """Where checkpoints, logs and the finished model go."""
-    stages: tuple[Literal["decoder", "denoiser"], ...] = ("decoder", "denoiser")
-    """What to train after the autoencoder: neither needs the other, so two processes may share the work."""
     seed: int = 0
     vae_steps: int = 1800
     decoder_steps: int = 4000
@@ -58,12 +57,15 @@ class PretrainConfig:
     batch: int = 64
     learning_rate: float = 1e-3
     pool: int = 40960
-    """Scenes whose latents are computed once for the U-Net."""
+    """Scenes whose latents are computed once for the U-Net; a multiple of 256."""
     two_objects: float = 0.7
     """Share of scenes with two objects: binding attributes to objects is what takes longest."""
     text_drop: float = 0.1
     ema_decay: float = 0.999
     checkpoint_every: int = 200
+
+
+POOL_BATCH = 256
 
 
 def train_autoencoder(config: PretrainConfig, key: Key[Array, ""]) -> Params:
@@ -76,7 +78,7 @@ def train_autoencoder(config: PretrainConfig, key: Key[Array, ""]) -> Params:
 
 
 def train_decoder(config: PretrainConfig, autoencoder: Params, key: Key[Array, ""]) -> Params:
-    """Stage one and a half: the decoder goes on alone, while the U-Net may already learn the encoder's latents."""
+    """Stage two; returns the averaged parameters of the decoder, trained on alone for a frozen encoder."""
     loss = decoder_loss(vae_encoder(config.vae), vae_decoder(config.vae), autoencoder["encoder"])
     return _fit_pictures(config, loss, autoencoder["decoder"], key, config.decoder_steps, "decoder")
 
@@ -112,31 +114,48 @@ def _fit_pictures(
     return state.ema
 
 
-def latent_pool(
-    config: PretrainConfig, encoder_params: Params, key: Key[Array, ""]
-) -> tuple[Captioned, VAEConfig]:
-    """Encode the pool of scenes; returns normalised latents and captions, and the config that normalises so."""
+class Pool(NamedTuple):
+    """Normalised latents, their captions, and the config of the VAE that normalises so."""
+
+    data: Captioned
+    vae: VAEConfig
+
+
+def latent_pool(config: PretrainConfig, encoder_params: Params, key: Key[Array, ""]) -> Pool:
+    """Encode the scenes that the U-Net learns from, once: the pool is kept as `latents.npz`."""
+    path = config.folder / "latents.npz"
+    if path.exists():
+        stored = np.load(path)
+        if len(stored["ids"]) == config.pool:
+            return _normalised(config.vae, stored["latents"], stored["ids"])
     encoder = vae_encoder(config.vae)
 
     @jax.jit
-    def encode(params: Params, key: Key[Array, ""]) -> Captioned:
-        scenes = sample_scenes(key, 256, two_objects=config.two_objects)
+    def encode(params: Params, key: Key[Array, ""]) -> tuple[Array, Array]:
+        scenes = sample_scenes(key, POOL_BATCH, two_objects=config.two_objects)
         mean, _ = encoder(params, render(scenes, config.vae.sample_size))
-        return Captioned(mean, token_ids(scenes, config.text_encoder.max_position_embeddings))
+        return mean, token_ids(scenes, config.text_encoder.max_position_embeddings)
 
-    keys = [jax.random.fold_in(key, i) for i in range(config.pool // 256)]
-    parts = [encode(encoder_params, k) for k in keys]
-    data = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
-    mean, std = (f(data.z0_NxHxWxC, axis=(0, 1, 2)) for f in (jnp.mean, jnp.std))
-    normalised = ((data.z0_NxHxWxC - mean[None, None, None]) / std[None, None, None]).astype(jnp.bfloat16)
-    vae = dataclasses.replace(
-        config.vae, scaling_factor=1.0, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist())
+    keys = [jax.random.fold_in(key, i) for i in range(config.pool // POOL_BATCH)]
+    parts = [jax.device_get(encode(encoder_params, key)) for key in keys]
+    latents, ids = (np.concatenate(part) for part in zip(*parts, strict=True))
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(temporary, latents=latents, ids=ids)
+    temporary.replace(path)
+    return _normalised(config.vae, latents, ids)
+
+
+def _normalised(vae: VAEConfig, latents_NxHxWxC: np.ndarray, ids_NxL: np.ndarray) -> Pool:
+    mean, std = (f(latents_NxHxWxC, axis=(0, 1, 2), dtype=np.float64) for f in (np.mean, np.std))
+    z0 = ((latents_NxHxWxC - mean) / std).astype(np.float32)
+    config = dataclasses.replace(
+        vae, scaling_factor=1.0, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist())
     )
-    return Captioned(normalised, data.ids_NxL), vae
+    return Pool(Captioned(jnp.asarray(z0, jnp.bfloat16), jnp.asarray(ids_NxL)), config)
 
 
 def train_denoiser(config: PretrainConfig, data: Captioned, key: Key[Array, ""]) -> Params:
-    """Stage two; returns the averaged parameters of `unet`, `text_encoder` and `text_encoder_2`."""
+    """Stage three; returns the averaged parameters of `unet`, `text_encoder` and `text_encoder_2`."""
     networks = {
         "unet": unet(config.unet),
         "text_encoder": clip_text(config.text_encoder),
@@ -173,3 +192,32 @@ def train_denoiser(config: PretrainConfig, data: Captioned, key: Key[Array, ""])
         checkpoint_every=config.checkpoint_every,
     )
     return state.ema
+
+
+def save_backbone(
+    config: PretrainConfig, vae: VAEConfig, autoencoder: Params, decoder: Params, denoiser: Params
+) -> Path:
+    """Write `folder/model` in diffusers layout, float16; returns its path.
+
+    Args:
+        config: what was trained.
+        vae: the autoencoder's config with the latents' statistics, from `latent_pool`.
+        autoencoder: of stage one.
+        decoder: of stage two.
+        denoiser: of stage three.
+    """
+    folder = config.folder / "model"
+    save_pipeline(
+        folder,
+        {
+            "text_encoder": config.text_encoder,
+            "text_encoder_2": config.text_encoder_2,
+            "unet": config.unet,
+            "vae": vae,
+        },
+        {**denoiser, "vae_encoder": autoencoder["encoder"], "vae_decoder": decoder},
+        schedule=schedule(spacing="trailing", offset=0),
+        write_tokenizer=write_tokenizer,
+        dtype=jnp.float16,
+    )
+    return folder

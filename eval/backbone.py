@@ -1,0 +1,118 @@
+"""`python -m eval.backbone`: how good a backbone trained on `scenes` is, by its pictures alone.
+
+    python -m eval.backbone --model tiny --captions 500
+
+prints (and with `--output` writes as JSON) the share of fresh captions drawn entirely right, and of captions with a
+held-out attribute pair, each attribute's own share, and the PSNR of the autoencoder on fresh scenes and on the
+photographs that it has not seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.progress import track
+
+from eval.captions import Score, check
+from megjax.data.grammar import captions
+from megjax.data.photos import HELD_OUT, load_photos, random_crops
+from megjax.data.render import render
+from megjax.data.scenes import Split, sample_scenes
+from megjax.pipeline import Pipeline, load_pipeline
+from megjax.pipeline.split import condition, decode, denoise
+from megjax.text import tokenize
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to measure."""
+
+    model: str = "tiny"
+    """An embedded backbone, or a folder in diffusers layout."""
+    captions: int = 500
+    """Fresh captions of each split."""
+    batch: int = 50
+    steps: int = 50
+    """DDIM steps."""
+    guidance: float = 2.5
+    seed: int = 2024
+    output: Path | None = None
+    """Also write the figures here, as JSON."""
+
+
+def draw(pipeline: Pipeline, prompts: list[str], steps: int, guidance: float, key: jax.Array) -> np.ndarray:
+    """Pictures of the prompts over a perfect channel, (B, H, W, 3)."""
+    size = (pipeline.image_size,) * 2
+    params = pipeline.params
+    ids = jnp.asarray(tokenize(pipeline.tokenizers, prompts))
+    empty_ids = jnp.asarray(tokenize(pipeline.tokenizers, [""] * len(prompts), allow_empty=True))
+    prompt, empty = (condition(pipeline, params, i, size=size) for i in (ids, empty_ids))
+    config = pipeline.unet.config
+    noise = jax.random.normal(key, (len(prompts), config.sample_size, config.sample_size, config.in_channels))
+    z = denoise(pipeline, params["unet"], noise, prompt, empty, steps, guidance, jnp.zeros_like(noise), 1.0)
+    return np.asarray(decode(pipeline, params["vae_decoder"], z))
+
+
+def caption_accuracy(pipeline: Pipeline, config: Config, split: Split) -> dict[str, Any]:
+    """Share of captions whose pictures are right in every attribute named, and of each attribute."""
+    key = jax.random.fold_in(jax.random.key(config.seed), split == "held_out")
+    right: list[bool] = []
+    by_attribute: dict[str, list[int]] = {}
+    for i in track(range(0, config.captions, config.batch), f"captions, {split}"):
+        key_scene, key_noise = jax.random.split(jax.random.fold_in(key, i))
+        prompts = captions(sample_scenes(key_scene, config.batch, split))
+        score: Score = check(draw(pipeline, prompts, config.steps, config.guidance, key_noise), prompts)
+        right += [bool(r) for r in score.right_B]
+        for name, (good, total) in score.detail.items():
+            counts = by_attribute.setdefault(name, [0, 0])
+            counts[0] += good
+            counts[1] += total
+    return {
+        "right": float(np.mean(right)),
+        "captions": len(right),
+        **{name: good / total for name, (good, total) in by_attribute.items() if total},
+    }
+
+
+def autoencoder_psnr_db(pipeline: Pipeline, images: jax.Array) -> float:
+    """PSNR in dB of the mean squared error over all pictures."""
+    encode = jax.jit(lambda params, x: pipeline.vae_encoder(params, x)[0])
+    params = pipeline.params
+    out = decode(pipeline, params["vae_decoder"], encode(params["vae_encoder"], images))
+    return float(-10 * jnp.log10(jnp.mean(jnp.square(out - images))))
+
+
+def main(config: Config) -> None:
+    """Measure and print."""
+    pipeline = load_pipeline(config.model)
+    size = pipeline.image_size
+    scenes = render(sample_scenes(jax.random.key(config.seed), 500, "all"), size)
+    crops = random_crops(load_photos(HELD_OUT), np.random.default_rng(config.seed), 100, size)
+    result = {
+        "model": config.model,
+        "steps": config.steps,
+        "guidance": config.guidance,
+        "seed": config.seed,
+        "vae_psnr_db": {
+            "scenes": autoencoder_psnr_db(pipeline, scenes),
+            "held_out_photographs": autoencoder_psnr_db(pipeline, jnp.asarray(crops)),
+        },
+        "captions": {split: caption_accuracy(pipeline, config, split) for split in ("train", "held_out")},
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if config.output is not None:
+        temporary = config.output.with_suffix(".tmp")
+        temporary.write_text(text + "\n")
+        temporary.replace(config.output)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
