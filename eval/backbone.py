@@ -2,9 +2,9 @@
 
     python -m eval.backbone --model tiny --captions 500
 
-prints (and with `--output` writes as JSON) the share of fresh captions drawn entirely right, and of captions with a
-held-out attribute pair, each attribute's own share, and the PSNR of the autoencoder on fresh scenes and on the
-photographs that it has not seen.
+prints (and with `--output` writes as JSON) the share of fresh captions drawn entirely right, also of
+captions with a held-out attribute pair, each attribute's own share, and the PSNR of the autoencoder on fresh
+scenes and on the photographs that it has not seen.
 """
 
 from __future__ import annotations

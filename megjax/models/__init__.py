@@ -1,6 +1,6 @@
 """SDXL's networks: Flax NNX inside, pure functions of parameter trees outside."""
 
-from megjax.models.attention import TokenMerge, attention
+from megjax.models.attention import TokenMerge
 from megjax.models.clip import clip_text
 from megjax.models.configs import CLIPTextConfig, UNetConfig, VAEConfig, from_dict, read, to_dict
 from megjax.models.network import Network, Options, Params
@@ -15,7 +15,6 @@ __all__ = [
     "TokenMerge",
     "UNetConfig",
     "VAEConfig",
-    "attention",
     "clip_text",
     "from_dict",
     "read",

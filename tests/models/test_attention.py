@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megjax.errors import MegError
-from megjax.models import attention as attend
 from megjax.models.attention import MAX_LOGIT_BYTES, _largest_divisor
+from megjax.models.attention import attention as attend
 
 
 def qkv(B=2, T=12, S=9, H=3, D=8, dtype=jnp.float32):

@@ -1,0 +1,77 @@
+"""The command line: what it writes, what it prints, and one line with exit code 2 for bad values."""
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megjax.cli import main
+from tests.small import save_random
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_random(tmp_path_factory.mktemp("backbone") / "model")
+
+
+@pytest.fixture
+def run(monkeypatch, folder, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+
+    def call(*args):
+        model = [] if "--model" in args else ["--model", str(folder)]
+        monkeypatch.setattr(sys, "argv", ["megjax", "generate", *args, *model])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_writes_the_picture_and_prints_what_it_cost(run, tmp_path):
+    code, out, _ = run("a red circle left of a blue square", "--steps", "2", "-o", "picture.png")
+    assert not code
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.size == (64, 64)
+    for word in ("edge server", "channel", "device", "payload", "10136 bits", "39 tokens", "MSE", "PSNR"):
+        assert word in out
+    assert [p.name for p in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_image_to_image_and_contact_sheet(run, tmp_path):
+    Image.fromarray(np.full((90, 70, 3), 128, np.uint8)).save(tmp_path / "start.png")
+    code, *_ = run("a red circle", "--init-image", "start.png", "--grid", "-o", "sheet.png")
+    assert not code
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 5 * 128
+        assert sheet.height > 4 * 128
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["a red circle", "--ratio", "1.2"], "from 0 to 0.9375 are allowed"),
+        (["a red circle", "--steps", "0"], "from 1 to 1000 are allowed"),
+        ([""], "is empty"),
+        (["red " * 200], "at most 30"),
+        (["a red circle", "--init-image", "nowhere.png"], "no such file"),
+        (["a red circle", "--init-image", "text.png"], "not a readable picture"),
+        (["a red circle", "--profile", "abacus"], "unknown hardware profile"),
+        (["a red circle", "-o", "nowhere/out.png"], "no folder"),
+        (["a red circle", "-o", "out.jpg"], "ends in .png"),
+        (["a red circle", "--model", "nowhere"], "no such folder"),
+    ],
+)
+def test_bad_values_are_one_line(run, tmp_path, args, message):
+    (tmp_path / "text.png").write_text("no picture")
+    code, out, err = run(*args)
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert len(err.strip().splitlines()) == 1

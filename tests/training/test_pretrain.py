@@ -1,0 +1,97 @@
+"""Pre-training, end to end and small: every stage, resuming, and the folder that comes out."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from megjax.data.photos import random_crops
+from megjax.pipeline import Request, generate, load_pipeline
+from megjax.training import pretrain
+from megjax.training.loop import fit
+from megjax.training.step import adamw, init_state, make_step
+from tests.small import CONFIG
+
+
+@pytest.fixture
+def photos(monkeypatch):
+    """Photographs are scikit-image's, which the tests do not need."""
+    fake = [np.random.default_rng(0).integers(0, 255, (90, 80, 3), np.uint8)]
+    monkeypatch.setattr(pretrain, "load_photos", lambda: fake)
+
+
+def train(config):
+    config.folder.mkdir(parents=True, exist_ok=True)
+    key_vae, key_pool, key_denoiser = jax.random.split(jax.random.key(config.seed), 3)
+    autoencoder = pretrain.train_autoencoder(config, key_vae)
+    pool = pretrain.latent_pool(config, autoencoder["encoder"], key_pool)
+    denoiser = pretrain.train_denoiser(config, pool.data, key_denoiser)
+    decoder = pretrain.train_decoder(config, autoencoder, key_vae)
+    return pool, pretrain.save_backbone(config, pool.vae, autoencoder, decoder, denoiser)
+
+
+def test_all_stages_end_in_a_backbone_that_generates(tmp_path, photos):
+    config = dataclasses.replace(CONFIG, folder=tmp_path)
+    pool, folder = train(config)
+    z = np.asarray(pool.data.z0_NxHxWxC, np.float32)
+    np.testing.assert_allclose(z.mean((0, 1, 2)), 0, atol=0.02)
+    np.testing.assert_allclose(z.std((0, 1, 2)), 1, atol=0.02)
+    pipeline = load_pipeline(folder)
+    assert pipeline.vae_decoder.config == pool.vae
+    out = generate(pipeline, Request("a red circle left of a blue square", steps=2))
+    assert np.isfinite(out.image_HxWx3).all()
+    # Finished stages are not trained again: the same weights come out.
+    before = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.safetensors")}
+    train(config)
+    assert before == {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.safetensors")}
+
+
+def quadratic(params, key, batch):
+    """Noisy, so that a wrong key shows."""
+    noise = 0.1 * jax.random.normal(key, params["x"].shape)
+    return jnp.sum(jnp.square(params["x"] - batch + noise)), {}
+
+
+def test_a_resumed_run_is_the_same_run(tmp_path):
+    optimizer = adamw(0.1, 7, warmup=2)
+    step = make_step(quadratic, optimizer, 0.9)
+
+    def run(folder, *stops):
+        folder.mkdir()
+        for steps in stops:
+            state = fit(
+                step,
+                init_state({"x": jnp.arange(3.0)}, optimizer),
+                key=jax.random.key(5),
+                steps=steps,
+                batch_at=lambda i: jnp.full(3, float(i)),
+                folder=folder,
+                name="run",
+                checkpoint_every=2,
+            )
+        return state
+
+    whole, resumed = run(tmp_path / "a", 7), run(tmp_path / "b", 3, 4, 7)
+    chex.assert_trees_all_equal(whole, resumed)
+    assert int(whole.step) == 7
+
+
+def test_ema_forgets_the_start():
+    optimizer = optax.sgd(0.0)
+    step = make_step(quadratic, optimizer, 0.999)
+    state = init_state({"x": jnp.zeros(2)}, optimizer)._replace(params={"x": jnp.ones(2)})
+    for n in range(3):
+        expected = state.ema["x"] + (1 - min(0.999, (1 + n) / (10 + n))) * (1 - state.ema["x"])
+        state, _ = step(state, jax.random.key(0), jnp.zeros(2))
+        np.testing.assert_allclose(state.ema["x"], expected, rtol=1e-6)
+
+
+def test_crops_are_pictures():
+    photos = [np.full((70, 200, 3), 255, np.uint8)]
+    crops = random_crops(photos, np.random.default_rng(0), 5, 64)
+    assert crops.shape == (5, 64, 64, 3)
+    np.testing.assert_array_equal(crops, 1.0)
