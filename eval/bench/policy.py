@@ -57,17 +57,17 @@ def env_speed(config: Config) -> dict[str, Any]:
     """Return frames a second of 4096 compiled copies and of sixteen numpy ones under gymnasium."""
     copies, frames = 4096, 1024
     env = make_env()
-    act = jnp.full((copies, 2), 0.3)
+    actions = jax.random.uniform(jax.random.key(0), (copies, 2))
 
     @jax.jit
-    def run(key: jax.Array) -> jax.Array:
+    def run(key: jax.Array, actions: jax.Array) -> jax.Array:
         _, state = jax.vmap(env.reset, (0, None))(jax.random.split(key, copies), REFERENCE)
 
         def frame(carry: tuple, step: jax.Array) -> tuple[tuple, None]:
             state, total = carry
             keys = jax.random.split(jax.random.fold_in(key, step), copies)
             observation, state, reward, _, truncated, info = jax.vmap(env.step, (0, 0, 0, None))(
-                keys, state, act, REFERENCE
+                keys, state, actions, REFERENCE
             )
             # Everything that a learner would read is used, or the compiler would leave it out.
             used = jnp.sum(observation) + jnp.sum(reward) + jnp.sum(truncated) + jnp.sum(info["cost"])
@@ -83,11 +83,13 @@ def env_speed(config: Config) -> dict[str, Any]:
         for _ in range(frames):
             numpy_env.step(action)
 
-    jax.block_until_ready(run(jax.random.key(0)))
+    jax.block_until_ready(run(jax.random.key(0), actions))
     ours, theirs = [], []
     for i in range(config.rounds):
         ours.append(
-            copies * frames / timed(lambda i=i: jax.block_until_ready(run(jax.random.key(i))))[1].cpu_s
+            copies
+            * frames
+            / timed(lambda i=i: jax.block_until_ready(run(jax.random.key(i), actions)))[1].cpu_s
         )
         theirs.append(16 * 2000 / timed(numpy_run)[1].cpu_s)
     ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))

@@ -46,14 +46,14 @@ class CvpoConfig:
 
     groups: int = 1
     """Groups of environment copies, each with limits of its own."""
-    envs: int = 256
+    envs: int = 512
     """Environment copies of each group."""
-    greedy_envs: int = 128
-    """How many of them act on the policy's mean. J is then the larger cost of the sampled and of the
+    greedy_envs: int = 256
+    """How many of them act on the policy's mean. J then covers the larger cost of the sampled and of the
     deterministic policy, so that both keep the limits; 0 measures the sampled policy alone."""
     collect_steps: int = 4
     """Frames of each copy an epoch."""
-    epochs: int = 4000
+    epochs: int = 5000
     updates_per_epoch: int = 1
     replay_frames: int = 131_072
     """Frames kept of each group."""
@@ -89,10 +89,10 @@ class CvpoConfig:
     threshold: Threshold = "advantage"
     feedback: float = 0.3
     """Share of d - J that one E-step may repair."""
-    integral: float = 0.01
+    integral: float = 0.001
     """Gain an update of the sum of d - J: removes what bias in the critics leaves."""
-    mean_memory: tuple[float, float] = (10.0, 50.0)
-    """Epochs over which J is averaged, first and last: as the policy slows down, J may be sharper."""
+    mean_memory: float = 3.0
+    """Epochs over which J is averaged; the policy itself integrates, so more only delays the feedback."""
     trust_region: TrustRegion = dataclasses.field(default_factory=TrustRegion)
     std_start: tuple[float, float] = (0.3, 0.3)
     """Lowest and highest standard deviation of the policy at the start."""
@@ -120,9 +120,16 @@ class CvpoState(NamedTuple):
     """One eta and lam for each group."""
     mean_signal: Float[Array, "G q"]
     """Running mean reward and costs per frame of the sampled policy."""
-    greedy_signal: Float[Array, "G q"]
-    """The same of the deterministic policy."""
+    greedy_excess: Float[Array, "G m"]
+    """Running mean of what the deterministic policy costs more than the sampled one."""
     integral: Float[Array, "G m"]
+
+
+def measured_costs(
+    mean_signal: Float[Array, "G q"], greedy_excess: Float[Array, "G m"]
+) -> Float[Array, "G m"]:
+    """Return J [G, m]: the sampled policy's mean costs, or the deterministic one's where larger."""
+    return mean_signal[:, 1:] + jnp.maximum(greedy_excess, 0.0)
 
 
 def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
@@ -175,7 +182,7 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
             critic_opt=critic_optimizer.init(critics),
             dual=Dual(jnp.ones(groups), jnp.zeros((groups, m))),
             mean_signal=jnp.zeros((groups, q)),
-            greedy_signal=jnp.zeros((groups, q)),
+            greedy_excess=jnp.zeros((groups, m)),
             integral=jnp.zeros((groups, m)),
         )
 
@@ -191,17 +198,17 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
             key, env, act, state.env_state, state.observation, params, config.collect_steps
         )
         moments = networks.update_moments(state.moments, seen.observation.reshape(-1, env.observation_size))
-        early, late = config.mean_memory
-        memory = early * (late / early) ** (state.step / config.epochs)
-        share = jnp.maximum(1.0 / (state.step + 1.0), 1.0 / memory)
-
-        def track(running: Array, signal: Array) -> Array:
-            return running + share * (jnp.mean(signal, axis=(1, 2)) - running)
+        share = jnp.maximum(1.0 / (state.step + 1.0), 1.0 / config.mean_memory)
 
         greedy = config.greedy_envs
-        mean_signal = track(state.mean_signal, seen.signal[:, greedy:])
-        greedy_signal = track(state.greedy_signal, seen.signal[:, :greedy]) if greedy else mean_signal
-        gap = params.limits - jnp.maximum(mean_signal, greedy_signal)[:, 1:]
+        sampled_mean = jnp.mean(seen.signal[:, greedy:], axis=(1, 2))
+        greedy_mean = jnp.mean(seen.signal[:, :greedy], axis=(1, 2)) if greedy else sampled_mean
+        mean_signal = state.mean_signal + share * (sampled_mean - state.mean_signal)
+        # The larger of two noisy means is too large on average; of a slow one it is by very little.
+        slow_share = share / 10.0
+        excess = (greedy_mean - sampled_mean)[:, 1:]
+        greedy_excess = state.greedy_excess + slow_share * (excess - state.greedy_excess)
+        gap = params.limits - measured_costs(mean_signal, greedy_excess)
         # Anti-windup: the integral may ask for no more than the feedback asks of a gap of a tenth of the
         # limit.
         bound = 0.1 * config.feedback * jnp.abs(params.limits)
@@ -211,7 +218,7 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
             moments=moments,
             replay=replay.add(state.replay, seen),
             mean_signal=mean_signal,
-            greedy_signal=greedy_signal,
+            greedy_excess=greedy_excess,
             integral=jnp.clip(state.integral + config.integral * gap, -bound, bound),
         )
         return state, seen
@@ -253,7 +260,7 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
         reward, cost = values[..., 0], values[..., 1:]
         if config.threshold == "advantage":
             cost = cost - jnp.mean(cost, axis=2, keepdims=True)
-            measured = jnp.maximum(state.mean_signal, state.greedy_signal)[:, 1:]
+            measured = measured_costs(state.mean_signal, state.greedy_excess)
             threshold = config.feedback * (limits - measured) + state.integral
         else:
             offset = state.mean_signal[:, 1:] if config.centred else 0.0
@@ -298,7 +305,7 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
             "reward": jnp.mean(seen.signal[..., 0], axis=(1, 2)),
             "cost": jnp.mean(seen.signal[..., 1:], axis=(1, 2)),
             "mean_signal": state.mean_signal,
-            "greedy_signal": state.greedy_signal,
+            "greedy_excess": state.greedy_excess,
             "eta": state.dual.eta,
             "lam": state.dual.lam,
             "std": jnp.stack(std_range(state.step)),
