@@ -1,4 +1,12 @@
-"""Presets of `python -m train.pretrain`."""
+"""Presets of `python -m train.pretrain`.
+
+`tiny` makes MEG-Tiny, the backbone in `megjax/assets/tiny`:
+
+    python -m train.pretrain tiny --folder runs/tiny
+
+On two CPU cores: 20 minutes for the autoencoder, 70 for the U-Net, 10 for the decoder. The same command resumes it.
+`python -m eval.backbone --model runs/tiny/model` then says how good it is.
+"""
 
 import dataclasses
 

@@ -6,6 +6,7 @@ import jax
 import tyro
 
 from configs.pretrain import PRESETS
+from megjax.training.curves import draw_curves
 from megjax.training.pretrain import (
     PretrainConfig,
     latent_pool,
@@ -24,7 +25,9 @@ def main(config: PretrainConfig) -> None:
     pool = latent_pool(config, autoencoder["encoder"], key_pool)
     denoiser = train_denoiser(config, pool.data, key_denoiser)
     decoder = train_decoder(config, autoencoder, jax.random.fold_in(key_vae, 1))
-    print(save_backbone(config, pool.vae, autoencoder, decoder, denoiser))
+    model = save_backbone(config, pool.vae, autoencoder, decoder, denoiser)
+    draw_curves(config.folder, ("vae", "decoder", "denoiser"), model / "curves.png")
+    print(model)
 
 
 if __name__ == "__main__":

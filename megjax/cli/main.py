@@ -29,7 +29,7 @@ def main() -> None:
 
 def _cache_compilations() -> None:
     """Keep compiled programs between runs, unless the environment says where (or that JAX should not)."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megjax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

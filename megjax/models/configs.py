@@ -189,7 +189,9 @@ def from_dict(cls: type[Config], raw: Mapping[str, Any], *, origin: str = "confi
         if raw.get(name, value) != value:
             raise WeightsError(f"{origin}: {name} = {raw[name]!r} is not supported; only {value!r} is")
     fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in fields}
+    kwargs: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in fields
+    }
     if cls is CLIPTextConfig:
         kwargs["with_projection"] = any(str(name).endswith("WithProjection") for name in names)
     try:

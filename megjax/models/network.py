@@ -57,11 +57,11 @@ class Network:
         return nnx.merge(self.graphdef, _with_int_keys(params))(*args, **kwargs)
 
 
-def network(module: type[nnx.Module], config: Any, options: Options, **kwargs: Any) -> Network:
+def network(module: Callable[..., nnx.Module], config: Any, options: Options) -> Network:
     """Describe `module(config, options)` without allocating a parameter."""
 
     def make(rngs: nnx.Rngs) -> nnx.Module:
-        return module(config, options, rngs=rngs, **kwargs)
+        return module(config, options, rngs=rngs)
 
     # A key is an argument, so that not even the random bits are computed.
     abstract = nnx.eval_shape(lambda key: make(nnx.Rngs(key)), jax.eval_shape(lambda: jax.random.key(0)))

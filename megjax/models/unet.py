@@ -152,7 +152,8 @@ class UpBlock(_Block):
             x = jnp.concatenate([x, skips.pop()], axis=-1)
             x = self.attend(i, self.resnet(i, x, emb), text, merge_at)
         if hasattr(self, "upsamplers"):
-            x = self.upsamplers[0](x, skips[-1].shape[1:3])
+            _, rows, cols, _ = skips[-1].shape
+            x = self.upsamplers[0](x, (rows, cols))
         return x
 
 

@@ -55,6 +55,9 @@ class _MidBlock(nnx.Module):
 class _Level(nnx.Module):
     """Resnets of one resolution and the change to the next."""
 
+    downsamplers: nnx.List
+    upsamplers: nnx.List
+
     def __init__(
         self, c_in: int, c_out: int, resnets: int, config: VAEConfig, options: Options, *, rngs: nnx.Rngs
     ):

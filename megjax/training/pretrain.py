@@ -146,7 +146,8 @@ def latent_pool(config: PretrainConfig, encoder_params: Params, key: Key[Array, 
 
 
 def _normalised(vae: VAEConfig, latents_NxHxWxC: np.ndarray, ids_NxL: np.ndarray) -> Pool:
-    mean, std = (f(latents_NxHxWxC, axis=(0, 1, 2), dtype=np.float64) for f in (np.mean, np.std))
+    mean: np.ndarray = latents_NxHxWxC.mean(axis=(0, 1, 2), dtype=np.float64)
+    std: np.ndarray = latents_NxHxWxC.std(axis=(0, 1, 2), dtype=np.float64)
     z0 = ((latents_NxHxWxC - mean) / std).astype(np.float32)
     config = dataclasses.replace(
         vae, scaling_factor=1.0, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist())
@@ -175,7 +176,7 @@ def train_denoiser(config: PretrainConfig, data: Captioned, key: Key[Array, ""])
         networks["unet"],
         (networks["text_encoder"], networks["text_encoder_2"]),
         schedule(),
-        size=(config.vae.sample_size,) * 2,
+        size=(config.vae.sample_size, config.vae.sample_size),
         empty_L=jnp.array([start] + [end] * (length - 1)),
         text_drop=config.text_drop,
         batch=config.batch,

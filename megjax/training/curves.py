@@ -1,0 +1,37 @@
+"""Training curves from the logs that `megjax.training.loop.fit` writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megjax.errors import MegError
+
+
+def draw_curves(folder: Path, names: tuple[str, ...], output: Path) -> None:
+    """Draw the loss of each stage against its steps, side by side, as PNG.
+
+    Args:
+        folder: holds `NAME.jsonl`.
+        names: of the stages.
+        output: the picture.
+
+    Raises:
+        MegError: if matplotlib is not installed or a log is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MegError("matplotlib is not installed; `pip install 'megjax[pretrain]'`") from None
+    figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        path = folder / f"{name}.jsonl"
+        if not path.is_file():
+            raise MegError(f"{path}: no such log; train this stage first")
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        axes.plot([r["step"] for r in records], [r["loss"] for r in records])
+        axes.set(title=name, xlabel="step", ylabel="training loss", yscale="log")
+        axes.grid(alpha=0.3)
+    temporary = output.with_name(f".{output.name}")
+    figure.savefig(temporary, format="png", dpi=120)
+    temporary.replace(output)
