@@ -1,0 +1,1 @@
+"""Thin mains that measure: `python -m eval.NAME`."""
