@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
-from jax.experimental import enable_x64
 
 from megjax.rl.estep import Dual, dual_value, e_step_gradient, e_step_newton, particle_weights
 
@@ -86,7 +85,7 @@ def solve(reward, cost, threshold, bound, dtype):
 @pytest.fixture(params=["float32", "float64"])
 def dtype(request):
     if request.param == "float64":
-        with enable_x64():
+        with jax.enable_x64(True):
             yield np.float64
     else:
         yield np.float32
@@ -213,7 +212,7 @@ def test_gradient_solver_descends_and_agrees_in_the_end():
 
 
 def test_x64_gradient_matches_autodiff():
-    with enable_x64():
+    with jax.enable_x64(True):
         given = problem(np.random.default_rng(9), 3, 0.5, 0.1)
         args = [jnp.asarray(x) for x in given]
         x = np.array([1.3, 0.2, 0.4, 0.1])
