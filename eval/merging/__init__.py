@@ -1,0 +1,1 @@
+"""What should be merged, and how? Merging against other ways to send a latent in fewer bits."""

@@ -1,0 +1,24 @@
+"""`python -m eval.merging tiny`: what should be merged, and how?"""
+
+from __future__ import annotations
+
+import sys
+
+import tyro
+
+from configs.merging import PRESETS
+from eval.merging.study import MergingStudyConfig, run, table
+from megjax.errors import MegError
+
+
+def main(config: MergingStudyConfig) -> None:
+    """Run the study and print its tables, MSE in units of 1e-4."""
+    try:
+        results = run(config)
+    except MegError as error:
+        sys.exit(f"error: {error}")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main(tyro.extras.overridable_config_cli(PRESETS))
