@@ -93,9 +93,8 @@ def m_step(
     )
     kl = kl_of(policy(params))
     if region.project:
-        # Twice: the second correction is for what the expansion's higher orders leave, and mostly does
-        # nothing.
-        for _ in range(2):
+        # Thrice: the later corrections are for what the higher orders leave, and mostly do nothing.
+        for _ in range(3):
             share = jnp.minimum(1.0, jnp.sqrt(jnp.min(bounds / jnp.maximum(kl, 1e-12))))
             params = jax.tree.map(lambda old, new, share=share: old + share * (new - old), start, params)
             kl = kl_of(policy(params))

@@ -21,6 +21,8 @@ The key draws what is random about a frame: the picture and the noise. An analyt
 and the live decoder are three such functions.
 """
 
+Axis: TypeAlias = Sequence[float | int] | np.ndarray
+
 
 def analytic_mse(
     key: PRNGKeyArray, steps: Float[Array, ""], ratio: Float[Array, ""], psnr_db: Float[Array, ""]
@@ -30,10 +32,10 @@ def analytic_mse(
 
 
 def table_mse(
-    table_PxTxRxS: np.ndarray | Float[Array, "P T R S"],
-    steps: Sequence[float],
-    ratios: Sequence[float],
-    psnrs_db: Sequence[float],
+    table_PxTxRxS: np.ndarray | Array,
+    steps: Axis,
+    ratios: Axis,
+    psnrs_db: Axis,
 ) -> QualitySource:
     """Return a source that draws a picture and interpolates its measured MSE, multilinear in log MSE.
 

@@ -53,7 +53,13 @@ def make_replay(
     def init() -> Any:
         return jax.vmap(lambda _: buffer.init(item))(jnp.arange(groups))
 
+    # flashbax broadcasts by NumPy's rules, whatever the caller's setting.
+    @jax.numpy_rank_promotion("allow")
+    def add(state: Any, seen: Transition) -> Any:
+        return jax.vmap(buffer.add)(state, seen)
+
+    @jax.numpy_rank_promotion("allow")
     def sample(state: Any, key: PRNGKeyArray) -> Transition:
         return jax.vmap(buffer.sample)(state, jax.random.split(key, groups)).experience
 
-    return Replay(init, jax.vmap(buffer.add), sample)
+    return Replay(init, add, sample)

@@ -86,7 +86,7 @@ def test_truncation_bootstraps_and_termination_does_not():
     config = CvpoConfig(
         envs=8,
         greedy_envs=0,
-        epochs=400,
+        epochs=2000,
         critic_batch=64,
         policy_batch=4,
         particles=4,
