@@ -4,9 +4,9 @@
 
 Both sides draw a new partition in every call and run in alternating processes pinned to one core. Prints, for
 each shape, the median milliseconds of a call and the median of the paired ratios, MegJAX over tomesd: by the
-clock, and in processor seconds, which other load disturbs less. Also prints the extra memory of one call at 16384
-tokens of 640 values, output included: as compiled, and as the process's peak grows. Takes minutes; needs the extra
-`parity`.
+clock, and in processor seconds, which other load disturbs less. Also the extra memory of one call at 16384
+tokens of 640 values, output included: as compiled, and as the process's peak grows. Takes minutes; needs the
+extra `parity`.
 """
 
 from __future__ import annotations

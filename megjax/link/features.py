@@ -61,10 +61,10 @@ def transmit(
 
 
 def quantise(x: Float[Array, "*b"], dtype: FeatureDtype = "float16") -> Float[Array, "*b"]:
-    """Round to a 16-bit float and back; the gradient passes unchanged (straight through)."""
+    """Round to a 16-bit float and back, saturating; the gradient passes the rounding unchanged."""
     limit = float(jnp.finfo(dtype).max)
-    rounded = jnp.clip(x, -limit, limit).astype(dtype).astype(x.dtype)
-    return x + jax.lax.stop_gradient(rounded - x)
+    x = jnp.clip(x, -limit, limit)
+    return x + jax.lax.stop_gradient(x.astype(dtype).astype(x.dtype) - x)
 
 
 def psnr_from_snr(

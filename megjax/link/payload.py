@@ -40,9 +40,12 @@ def payload_bits(
         grid: token rows and columns; left out, N must be a square number.
 
     Raises:
-        MegError: `tokens` is not square and no grid is given, or a static ratio that cannot be honoured.
+        MegError: tokens that do not fill the grid, or are not square and have none; a static ratio beyond
+            what can be merged.
     """
     grid = _grid_of(tokens) if grid is None else grid
+    if grid[0] * grid[1] != tokens:
+        raise MegError(f"{tokens} tokens on a {grid[0]} x {grid[1]} grid: need {grid[0] * grid[1]}")
     rounds: Rounds = 2 if rules == "default" else 1
     counts = merged_counts(ratio, grid, rounds)
     features = (tokens - sum(counts)) * channels * bits_per_scalar

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -13,13 +16,14 @@ from megjax.merging.plan import Plan
 def merge(tokens_NxD: Float[Array, "*b N D"], plan: Plan) -> Float[Array, "*b M D"]:
     """Average the tokens of each row, Eq. (17), into Z' = [unmerged sources, destinations], Eq. (18).
 
-    Sums are taken in float32. Rows from `plan.count` on (traced ratios) are zeros.
+    A plan without a batch serves every picture of one. Sums are taken in float32. Rows from `plan.count` on
+    (traced ratios) are zeros.
 
     Raises:
         MegError: tokens that are not the plan's.
     """
-    _check(tokens_NxD.shape[-2], plan.row_N.shape[-1], "tokens")
-    return _merge(tokens_NxD, plan)
+    _check(tokens_NxD, plan.row_N.shape[-1], plan, "tokens")
+    return _each(_merge, tokens_NxD, plan)
 
 
 def unmerge(merged_MxD: Float[Array, "*b M D"], plan: Plan) -> Float[Array, "*b N D"]:
@@ -28,22 +32,35 @@ def unmerge(merged_MxD: Float[Array, "*b M D"], plan: Plan) -> Float[Array, "*b 
     Raises:
         MegError: rows that are not the plan's.
     """
-    _check(merged_MxD.shape[-2], plan.total_M.shape[-1], "rows")
-    return jnp.take_along_axis(merged_MxD, plan.row_N[..., None], axis=-2, mode="promise_in_bounds")
+    _check(merged_MxD, plan.total_M.shape[-1], plan, "rows")
+    return _each(_unmerge, merged_MxD, plan)
+
+
+def _each(function: Callable[[Array, Plan], Array], x: Array, plan: Plan) -> Array:
+    if x.ndim == 2:
+        return function(x, plan)
+    axis = 0 if plan.row_N.ndim > 1 else None
+    return jax.vmap(partial(_each, function), in_axes=(0, axis))(x, plan)
 
 
 def _merge(tokens_NxD: Array, plan: Plan) -> Array:
-    if tokens_NxD.ndim > 2:
-        return jax.vmap(_merge)(tokens_NxD, plan)
     x = tokens_NxD.astype(jnp.float32)
     if plan.weight_N is not None:
         x = x * plan.weight_N[:, None]
     sums = jax.ops.segment_sum(x, plan.row_N, plan.total_M.shape[0])
-    return (sums / jnp.maximum(plan.total_M, 1e-30)[:, None]).astype(tokens_NxD.dtype)
+    # Padding holds no token: its sum is zero whatever divides it.
+    return (sums / jnp.where(plan.total_M > 0, plan.total_M, 1.0)[:, None]).astype(tokens_NxD.dtype)
 
 
-def _check(got: int, expected: int, what: str) -> None:
-    if got != expected:
+def _unmerge(merged_MxD: Array, plan: Plan) -> Array:
+    return merged_MxD.at[plan.row_N].get(mode="promise_in_bounds")
+
+
+def _check(x: Array, expected: int, plan: Plan, what: str) -> None:
+    if x.shape[-2] != expected:
         raise MegError(
-            f"{got} {what} for a plan of {expected}: pass the plan that `match` made for this grid"
+            f"{x.shape[-2]} {what} for a plan of {expected}: pass the plan that `match` made for them"
         )
+    batch = plan.row_N.shape[:-1]
+    if batch and batch != x.shape[:-2]:
+        raise MegError(f"batch {x.shape[:-2]} of {what} for plans of batch {batch}: they must be equal")
