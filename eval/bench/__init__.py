@@ -1,0 +1,76 @@
+"""Comparisons with the field's peers: pinned to one core, alternating, each side in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Timing(NamedTuple):
+    """Seconds of one call: by the clock, and of the processor, which other load disturbs less."""
+
+    wall_s: float
+    cpu_s: float
+
+
+def median_timing(call: Callable[[], Any], calls: int) -> Timing:
+    """Median over `calls` calls, after one that is not counted."""
+    call()
+    timings = [timed(call)[1] for _ in range(calls)]
+    return Timing(*(statistics.median(column) for column in zip(*timings, strict=True)))
+
+
+def timed(call: Callable[[], Any]) -> tuple[Any, Timing]:
+    """The call's result and its seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = call()
+    return result, Timing(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def alternate(module: str, sides: tuple[str, str], rounds: int, *, core: int, args: list[str]) -> list[dict]:
+    """Run `python -m module --side SIDE` for each side in turn, `rounds` times, on one core, one at a time.
+
+    Each run is a fresh process that prints its result as one line of JSON, the last line that it prints.
+    """
+    results = []
+    with tempfile.TemporaryDirectory() as cache:
+        env = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": cache,
+            "OMP_NUM_THREADS": "1",
+            "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+        }
+        for side in sides * rounds:
+            command = [sys.executable, "-m", module, "--side", side, *args]
+            run = subprocess.run(
+                command,
+                env=env,
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+                preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+            )
+            results.append({"side": side} | json.loads(run.stdout.splitlines()[-1]))
+            print(results[-1], flush=True)
+    return results
+
+
+def ratios(results: list[dict], field: str) -> list[float]:
+    """First side over second, pair by pair, in the order in which they ran."""
+    return [a[field] / b[field] for a, b in zip(results[::2], results[1::2], strict=True)]
+
+
+def save(path: Path | None, report: Any) -> None:
+    """Write the report as JSON, if a path is given."""
+    if path is not None:
+        temporary = path.with_suffix(path.suffix + ".part")
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
+        os.replace(temporary, path)
