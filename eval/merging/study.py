@@ -196,7 +196,7 @@ def table(results: dict[str, Any]) -> str:
         for name, figures in of_kind["methods"].items():
             cells = ["-" if mse is None else f"{1e4 * mse:.3g}" for mse in figures["mse_at_shares"]]
             ratio = figures["ratio_to_baseline"]
-            over = "-" if ratio is None else "{value:.3f} [{low:.3f}, {high:.3f}]".format(**ratio)
+            over = "-" if ratio is None else "{value:.3g} [{low:.3g}, {high:.3g}]".format(**ratio)
             name = f"**{name}**" if name == results["default"] else name
             lines.append(f"| {name} | " + " | ".join([*cells, over]) + " |")
         lines.append("")
