@@ -59,10 +59,6 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         blocks = len(self.block_out_channels)
-        for name in ("transformer_layers_per_block", "attention_head_dim"):
-            value = getattr(self, name)
-            if isinstance(value, int):
-                object.__setattr__(self, name, (value,) * blocks)
         for name in (
             "down_block_types",
             "up_block_types",
@@ -192,6 +188,12 @@ def from_dict(cls: type[Config], raw: Mapping[str, Any], *, origin: str = "confi
     kwargs: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in fields
     }
+    if cls is UNetConfig:
+        # diffusers allows one number for all blocks.
+        blocks = len(kwargs.get("block_out_channels", UNetConfig.block_out_channels))
+        for name in ("transformer_layers_per_block", "attention_head_dim"):
+            if isinstance(value := kwargs.get(name), int):
+                kwargs[name] = (value,) * blocks
     if cls is CLIPTextConfig:
         kwargs["with_projection"] = any(str(name).endswith("WithProjection") for name in names)
     try:

@@ -59,7 +59,7 @@ def test_image_to_image_and_contact_sheet(run, tmp_path):
         (["a red circle", "--ratio", "1.2"], "from 0 to 0.9375 are allowed"),
         (["a red circle", "--steps", "0"], "from 1 to 1000 are allowed"),
         ([""], "is empty"),
-        (["red " * 200], "at most 30"),
+        (["red " * 200], "30 at most"),
         (["a red circle", "--init-image", "nowhere.png"], "no such file"),
         (["a red circle", "--init-image", "text.png"], "not a readable picture"),
         (["a red circle", "--profile", "abacus"], "unknown hardware profile"),

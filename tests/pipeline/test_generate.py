@@ -98,7 +98,7 @@ def test_workload_counts_this_backbone(pipeline):
         ({"seed": -1}, "seed"),
         ({"height": 65}, "multiples of 8"),
         ({"prompt": ""}, "empty"),
-        ({"prompt": "red " * 200}, "at most 30"),
+        ({"prompt": "red " * 200}, "30 at most"),
         ({"rules": "other"}, "default, paper"),
     ],
 )
