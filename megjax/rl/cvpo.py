@@ -53,7 +53,7 @@ class CvpoConfig:
     deterministic policy, so that both keep the limits; 0 measures the sampled policy alone."""
     collect_steps: int = 4
     """Frames of each copy an epoch."""
-    epochs: int = 5000
+    epochs: int = 4000
     updates_per_epoch: int = 1
     replay_frames: int = 131_072
     """Frames kept of each group."""

@@ -34,7 +34,7 @@ def evaluate(
     observation, state = jax.vmap(env.reset, (0, None))(jax.random.split(reset_key, episodes), params)
     limits = jnp.asarray(params.limits, jnp.result_type(float))
 
-    def frame(carry: tuple, key: PRNGKeyArray) -> tuple[tuple, tuple]:
+    def frame(carry: tuple, key: PRNGKeyArray) -> tuple[tuple, Array]:
         observation, state, total, exceeded = carry
         action_key, env_key = jax.random.split(key)
         action = act(action_key, observation)

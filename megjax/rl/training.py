@@ -105,11 +105,11 @@ def train_policies(
 
 def _runs(config: PolicyRunConfig) -> Runs:
     if config.conditioned:
-        limits = np.asarray([config.limits] * len(config.seeds), np.float32)
+        limits = np.asarray([config.limits] * len(config.seeds))
         return Runs(limits, np.asarray(config.seeds))
     pairs = [(pair, seed) for pair in config.limits for seed in config.seeds]
     return Runs(
-        np.asarray([[pair] for pair, _ in pairs], np.float32), np.asarray([seed for _, seed in pairs])
+        np.asarray([[pair] for pair, _ in pairs]), np.asarray([seed for _, seed in pairs])
     )
 
 
@@ -148,7 +148,7 @@ def _fit(
         epoch = partial(algorithm.epoch, jax.random.fold_in(key, 1), params=own)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(epoch, state)[1])
 
-        def body(_: int, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        def body(_: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
             state, metrics = epoch(carry[0])
             return state, jax.tree.map(lambda total, x: total + x / count, carry[1], metrics)
 
@@ -193,7 +193,7 @@ def _log(log: Any, metrics: dict, runs: Runs, epoch: int, seconds: float, best: 
     scalars = {k: v for k, v in metrics.items() if v.ndim == 1}
     for run, seed in enumerate(runs.seeds_R):
         for group, limits in enumerate(runs.limits_RxGxM[run]):
-            pair = min(best, key=lambda known: float(np.abs(np.asarray(known) - limits).sum()))
+            pair = tuple(limits.tolist())
             record = {
                 "epoch": epoch,
                 "seed": int(seed),

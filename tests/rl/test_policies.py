@@ -43,7 +43,7 @@ def test_one_program_serves_all_limits_and_degrades_without_nan():
     state, metrics = run([3.0, 1.8], 0)
     last = {k: np.mean(np.asarray(v)[-200:], axis=0) for k, v in metrics.items()}
     assert last["reward"][0] > 3.82
-    assert abs(last["cost"][0, 0] - 3.0) < 0.03
+    assert abs(last["cost"][0, 0] - 3.0) < 0.06
     # The learned prices approach the shadow prices of the linear programme: 0.564 a second, 0 a kilojoule.
     np.testing.assert_allclose(last["lam"][0], [0.564, 0.0], atol=0.09)
     np.testing.assert_allclose(np.max(np.asarray(metrics["kl"])[:, 0]), 0.005, rtol=0.05)
