@@ -40,7 +40,7 @@ class PpoConfig:
     """Environment copies of each group."""
     collect_steps: int = 16
     """Frames of each copy an epoch."""
-    epochs: int = 600
+    epochs: int = 500
     passes: int = 4
     """Times that an epoch's frames are gone through."""
     minibatches: int = 8
@@ -49,14 +49,14 @@ class PpoConfig:
     clip: float = 0.2
     target_kl: float = 0.02
     """An epoch's updates stop once KL(old || new) is over it."""
-    lr: float = 1e-3
+    lr: float = 3e-4
     final_lr_share: float = 0.01
     hidden: tuple[int, ...] = (64, 64)
     pid: Pid = dataclasses.field(default_factory=Pid)
     mean_memory: float = 2.0
     """Epochs over which the cost that the controller sees is averaged."""
     std_start: tuple[float, float] = (0.3, 0.3)
-    std_end: tuple[float, float] = (0.02, 0.02)
+    std_end: tuple[float, float] = (0.01, 0.01)
     std_anneal: float = 0.7
     squash: Squash = "none"
     box_penalty: float = 1.0
