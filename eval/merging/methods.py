@@ -8,10 +8,10 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, ScalarLike
+from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
 from megjax import merging
-from megjax.link.counts import Grid, Rounds, merged_counts
+from megjax.link.counts import Count, Grid, Rounds, merged_counts
 from megjax.link.features import transmit
 from megjax.link.payload import side_information_bytes
 from megjax.merging.matching import best_destination
@@ -148,7 +148,7 @@ def pruned() -> Method:
 
     def bits(shape: Shape, dropped: float) -> int:
         scalars = shape[0] * shape[1] * shape[2]
-        kept = kept_of(scalars, dropped)
+        kept = int(kept_of(scalars, dropped))
         # Who is kept: one bit a scalar, or a list where that is shorter.
         index = 0 if kept == scalars else min(scalars, kept * (scalars - 1).bit_length())
         return 16 * kept + index
@@ -167,13 +167,14 @@ def dropped_at_random() -> Method:
 
     def bits(shape: Shape, dropped: float) -> int:
         h, w = merging.token_grid(*shape[:2])
-        return 16 * 4 * shape[2] * kept_of(h * w, dropped)
+        return 16 * 4 * shape[2] * int(kept_of(h * w, dropped))
 
     def compress(key: PRNGKeyArray, z_HxWxC: Array, dropped: Array, psnr_db: Array) -> Array:
         key_cells, key_noise = jax.random.split(key)
         h, w = merging.token_grid(*z_HxWxC.shape[:2])
         kept_N = highest(jax.random.uniform(key_cells, (h * w,)), kept_of(h * w, dropped))
-        return send(key_noise, z_HxWxC, spread(kept_N, (h, w), z_HxWxC.shape, 2), psnr_db)
+        sent_NxD = jnp.broadcast_to(kept_N[:, None], (h * w, 4 * z_HxWxC.shape[2]))
+        return send(key_noise, z_HxWxC, merging.from_tokens(sent_NxD, (h, w)), psnr_db)
 
     return Method((*RATIOS, 31 / 32), bits, compress)
 
@@ -187,7 +188,7 @@ def pooled(*, chosen: bool = False) -> Method:
 
     def bits(shape: Shape, share: float) -> int:
         h, w = merging.token_grid(*shape[:2])
-        whole = kept_of(h * w, share)
+        whole = int(kept_of(h * w, share))
         side = h * w if chosen and 0 < whole < h * w else 0
         return 16 * shape[2] * (4 * whole + (h * w - whole)) + side
 
@@ -236,17 +237,11 @@ def round_to(x: Float[Array, "*s"], bits_per_scalar: ScalarLike) -> Float[Array,
     return candidates[jnp.argmin(error)]
 
 
-def kept_of(tokens: int, left_out: ScalarLike) -> ScalarLike:
+def kept_of(tokens: int, left_out: float | Array) -> Count:
     """Return how many of `tokens` are sent: the rule of Eq. (16) without its limit, static or traced."""
     if isinstance(left_out, jax.Array):
         return tokens - jnp.floor(left_out * tokens + 1e-4).astype(jnp.int32)
     return tokens - int(left_out * tokens + 1e-4)
-
-
-def spread(sent_N: Bool[Array, " N"], grid: Grid, shape: Shape, side: int) -> Bool[Array, "H W C"]:
-    """Turn a mask of cells into one of a latent's scalars."""
-    mask = sent_N.reshape(grid).repeat(side, axis=0).repeat(side, axis=1)
-    return jnp.broadcast_to(mask[:, :, None], shape)
 
 
 def send(key: PRNGKeyArray, x: Array, sent: Array, psnr_db: Array) -> Array:
