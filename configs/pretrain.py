@@ -4,7 +4,7 @@
 
     python -m train.pretrain tiny --folder runs/tiny
 
-On two CPU cores: 20 minutes for the autoencoder, 70 for the U-Net, 10 for the decoder. The command resumes it.
+On two CPU cores: 20 minutes for the autoencoder, 70 for the U-Net, 10 for the decoder. It resumes.
 `python -m eval.backbone --model runs/tiny/model` then says how good it is.
 """
 

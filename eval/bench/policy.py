@@ -73,7 +73,7 @@ def env_speed(config: Config) -> dict[str, Any]:
             used = jnp.sum(observation) + jnp.sum(reward) + jnp.sum(truncated) + jnp.sum(info["cost"])
             return (state, total + used), None
 
-        return jax.lax.scan(frame, (state, 0.0), jnp.arange(frames))[0][1]
+        return jax.lax.scan(frame, (state, jnp.zeros(())), jnp.arange(frames))[0][1]
 
     numpy_env = numpy_copies()
     numpy_env.reset(seed=0)

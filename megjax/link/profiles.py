@@ -153,7 +153,7 @@ def _read(path: Path) -> AnyProfile:
         fields = json.loads(path.read_text())
         if "step_s" in fields:
             return StepProfile(**fields)
-        ends = {end: Machine(**fields.pop(end)) for end in ("server", "device")}
-        return Profile(**fields, **ends)
+        server, device = (Machine(**fields.pop(end)) for end in ("server", "device"))
+        return Profile(server=server, device=device, **fields)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise MegError(f"{path} is not a hardware profile: {error}") from error

@@ -8,7 +8,7 @@ al. 2020, arXiv 2007.03964; with only the integral gain it is the plain Lagrangi
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -176,7 +176,7 @@ def make_ppo(config: PpoConfig, env: Env) -> Algorithm:
         # What has terminated is then worth -J / (1 - gamma), which enters as one more reward.
         centre = state.mean_signal[:, None, None, :]
         terminal = -centre * seen.terminated[..., None] * config.discount / (1.0 - config.discount)
-        time_first = jax.tree.map(
+        time_first: Any = jax.tree.map(
             lambda x: jnp.moveaxis(x, 2, 0),
             (seen.signal - centre + terminal, value, successor_value, seen.terminated, seen.truncated),
         )
@@ -213,8 +213,8 @@ def make_ppo(config: PpoConfig, env: Env) -> Algorithm:
                 (_, kl), gradient = jax.value_and_grad(loss_of, has_aux=True)(weights, minibatch)
                 # The critic learns on; only the policy stops.
                 stopped = stopped | (kl > config.target_kl)
-                updates, opt = optimizer.update(gradient, opt, weights)
-                updates = (jax.tree.map(lambda u: jnp.where(stopped, 0.0, u), updates[0]), updates[1])
+                (policy, critic), opt = cast(tuple, optimizer.update(gradient, opt, weights))
+                updates = (jax.tree.map(lambda u: jnp.where(stopped, 0.0, u), policy), critic)
                 return (optax.apply_updates(weights, updates), opt, stopped), kl
 
             return jax.lax.scan(update, carry, shuffled)

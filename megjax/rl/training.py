@@ -8,7 +8,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -85,7 +84,7 @@ def train_policies(
     results = []
     for run, seed in enumerate(runs.seeds_R):
         policy = stacked(policies, run)
-        limits = tuple(tuple(float(x) for x in pair) for pair in runs.limits_RxGxM[run])
+        limits = tuple((float(latency), float(energy)) for latency, energy in runs.limits_RxGxM[run])
         info = PolicyInfo(
             limits,
             config.conditioned,
@@ -108,9 +107,7 @@ def _runs(config: PolicyRunConfig) -> Runs:
         limits = np.asarray([config.limits] * len(config.seeds))
         return Runs(limits, np.asarray(config.seeds))
     pairs = [(pair, seed) for pair in config.limits for seed in config.seeds]
-    return Runs(
-        np.asarray([[pair] for pair, _ in pairs]), np.asarray([seed for _, seed in pairs])
-    )
+    return Runs(np.asarray([[pair] for pair, _ in pairs]), np.asarray([seed for _, seed in pairs]))
 
 
 def _learner(config: PolicyRunConfig) -> CvpoConfig | PpoConfig:
@@ -145,7 +142,10 @@ def _fit(
     def advance(key: jax.Array, limits: jax.Array, state: Any, count: jax.Array) -> tuple[Any, Any]:
         """Run `count` epochs; return the state and the metrics' means."""
         own = dataclasses.replace(params, limits=limits)
-        epoch = partial(algorithm.epoch, jax.random.fold_in(key, 1), params=own)
+
+        def epoch(state: Any) -> tuple[Any, dict[str, jax.Array]]:
+            return algorithm.epoch(jax.random.fold_in(key, 1), state, own)
+
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(epoch, state)[1])
 
         def body(_: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
