@@ -95,15 +95,24 @@ def send(
         z_BxHxWxC: latents.
         ratio: r, traced: beyond what the rules can merge (15/16; `paper` 0.75) it is clipped.
         psnr_db: of the features, traced; infinite is a perfect channel.
-        rules: `default`: 2 x 2 patches, up to two rounds, noise on unit-power symbols. `paper`: strips, one
-            round, noise of that standard deviation on un-normalised tokens.
+        rules: `default`: 2 x 2 patches, up to two rounds by Euclidean distance, noise on unit-power symbols.
+            `paper`: strips, one round by cosine, noise of that standard deviation on un-normalised tokens.
     """
     layout = "patch" if rules == "default" else "strip"
     key_partition, key_noise = jax.random.split(key)
     grid = merging.token_grid(*z_BxHxWxC.shape[1:3])
     tokens = merging.to_tokens(z_BxHxWxC, layout)
     rounds = 2 if rules == "default" else 1
-    plan = merging.match(tokens, key_partition, jnp.asarray(ratio, jnp.float32), grid, rounds=rounds)
+    # Euclidean loses least at equal bits (docs/merging-study.md); Eq. (15) has the cosine.
+    similarity = merging.euclidean if rules == "default" else merging.cosine
+    plan = merging.match(
+        tokens,
+        key_partition,
+        jnp.asarray(ratio, jnp.float32),
+        grid,
+        rounds=rounds,
+        similarity=similarity,
+    )
     received = transmit(key_noise, merging.merge(tokens, plan), psnr_db, plan.count, rules=rules)
     return Received(merging.from_tokens(merging.unmerge(received, plan), grid, layout), plan.count)
 

@@ -176,11 +176,11 @@ def make_ppo(config: PpoConfig, env: Env) -> Algorithm:
         # What has terminated is then worth -J / (1 - gamma), which enters as one more reward.
         centre = state.mean_signal[:, None, None, :]
         terminal = -centre * seen.terminated[..., None] * config.discount / (1.0 - config.discount)
-        time_first: Any = jax.tree.map(
+        signal, before, after, ended, cut = jax.tree.map(
             lambda x: jnp.moveaxis(x, 2, 0),
             (seen.signal - centre + terminal, value, successor_value, seen.terminated, seen.truncated),
         )
-        advantage = jnp.moveaxis(gae(*time_first, config.discount, config.gae), 0, 2)
+        advantage = jnp.moveaxis(gae(signal, before, after, ended, cut, config.discount, config.gae), 0, 2)
         target = advantage + value
         price = jnp.concatenate([jnp.ones((groups, 1)), -state.lam], axis=1)
         price = price / (1.0 + jnp.sum(state.lam, axis=1, keepdims=True))
