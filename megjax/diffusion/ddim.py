@@ -7,7 +7,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def schedule(
     beta_start: float = 0.00085,
     beta_end: float = 0.012,
     num_train_timesteps: int = 1000,
-    spacing: Spacing = "leading",
+    spacing: Spacing | str = "leading",
     offset: int = 1,
 ) -> Schedule:
     """Scaled-linear betas: their square roots are evenly spaced.
@@ -59,7 +59,7 @@ def schedule(
         raise MegError(f"timestep spacing {spacing!r}: choose from {', '.join(get_args(Spacing))}")
     # float64 on the host: a cumulative product of a thousand factors.
     betas = np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps) ** 2
-    return Schedule(jnp.asarray(np.cumprod(1 - betas), jnp.float32), spacing, offset)
+    return Schedule(jnp.asarray(np.cumprod(1 - betas), jnp.float32), cast(Spacing, spacing), offset)
 
 
 def read_schedule(path: str | Path) -> Schedule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,9 @@ from jaxtyping import Array, Float, Int, Num
 
 from megjax.diffusion.ddim import Denoise
 from megjax.models import Network, Params, TokenMerge, time_ids
+
+UNetCall = Callable[..., Float[Array, "B H W C"]]
+"""(params, z_t, t, text, pooled, sizes, token_merge) -> eps: a `Network`, or a function in its place."""
 
 
 class Conditioning(NamedTuple):
@@ -47,14 +51,14 @@ def encode_text(
 
 
 def conditioned(
-    unet: Network, params: Params, condition: Conditioning, token_merge: TokenMerge | None = None
+    unet: UNetCall, params: Params, condition: Conditioning, token_merge: TokenMerge | None = None
 ) -> Denoise:
     """The conditional noise predictor: one U-Net call a step."""
     return lambda z, t_B: unet(params, z, t_B, *condition, token_merge)
 
 
 def guided(
-    unet: Network,
+    unet: UNetCall,
     params: Params,
     condition: Conditioning,
     empty: Conditioning,

@@ -46,7 +46,7 @@ def test_timesteps_against_diffusers(spacing):
     diffusers = pytest.importorskip("diffusers")
     sched = SCHEDULES[spacing]
     theirs = diffusers.DDIMScheduler(timestep_spacing=spacing, steps_offset=sched.offset)
-    ours = jax.jit(lambda steps: ddim_timesteps(sched, steps, np.arange(50))[0])
+    ours = jax.jit(lambda steps: ddim_timesteps(sched, steps, jnp.arange(50))[0])
     # Where 1000 / steps ends in a half (48, say), diffusers rounds what floating point leaves of it.
     for steps in (*range(1, 13), 20, 25, 30, 40, 50):
         theirs.set_timesteps(steps)
@@ -71,9 +71,10 @@ def test_first_order_convergence_on_gaussian_data():
     sched = SCHEDULES["trailing"]
     denoise, end = gaussian(0.5, sched.abar)
     z = jax.random.normal(jax.random.key(0), (3, 4, 4, 2))
-    # Powers of two divide the last timestep's distance alike, so that only the step size changes.
-    errors = [float(jnp.abs(ddim(denoise, z, sched, n) - end(z, 999)).max()) for n in (10, 20, 40, 80)]
-    orders = np.log2(np.array(errors[:-1]) / errors[1:])
+    # Divisors of 1000: for others diffusers' timesteps and strides do not meet exactly.
+    steps = np.array([10, 20, 40, 125, 250])
+    errors = [float(jnp.abs(ddim(denoise, z, sched, n) - end(z, 999)).max()) for n in steps.tolist()]
+    orders = np.log(np.array(errors[:-1]) / errors[1:]) / np.log(steps[1:] / steps[:-1])
     assert np.all((orders > 0.8) & (orders < 1.25)), (errors, orders)
 
 
@@ -86,7 +87,7 @@ def test_single_point_data_is_found_in_one_step():
         return (z - jnp.sqrt(abar) * target) / jnp.sqrt(1 - abar)
 
     z = jax.random.normal(jax.random.key(1), (1, 2, 2, 4))
-    expected = [ddim(denoise, z, sched, n) for n in (1, 4, 12)]
+    expected = [ddim(denoise, z, sched, n) for n in (1, 4, 10)]
     for out in expected:
         np.testing.assert_allclose(out, expected[0], atol=2e-4)
 
@@ -118,15 +119,15 @@ def test_guidance_one_is_the_conditional_prediction():
 
     def unet(params, z, t_B, text, pooled, sizes, token_merge):
         del pooled, sizes, token_merge
-        return params * z + text.mean((1, 2))[:, None, None, None] + t_B[:, None, None, None]
+        return params["gain"] * z + text.mean((1, 2))[:, None, None, None] + t_B[:, None, None, None]
 
     def condition(value):
         return Conditioning(jnp.full((2, 3, 4), value), jnp.zeros((2, 5)), jnp.zeros((2, 6)))
 
     z, t = jnp.ones((2, 4, 4, 1)), jnp.array([3, 5])
-    alone = conditioned(unet, 2.0, condition(1.0))(z, t)
-    np.testing.assert_allclose(guided(unet, 2.0, condition(1.0), condition(0.0), 1.0)(z, t), alone)
-    thrice = guided(unet, 2.0, condition(1.0), condition(0.0), 3.0)(z, t)
+    alone = conditioned(unet, {"gain": 2.0}, condition(1.0))(z, t)
+    np.testing.assert_allclose(guided(unet, {"gain": 2.0}, condition(1.0), condition(0.0), 1.0)(z, t), alone)
+    thrice = guided(unet, {"gain": 2.0}, condition(1.0), condition(0.0), 3.0)(z, t)
     np.testing.assert_allclose(thrice, alone + 2.0)
 
 

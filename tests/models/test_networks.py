@@ -128,8 +128,6 @@ class TestTokenMerging:
     def test_bad_values(self):
         with pytest.raises(MegError, match=r"0.75"):
             merging.tome(0.8, (16, 16))
-        with pytest.raises(MegError, match="transformer"):
-            merging.tome(0.5, (16, 16), share="layer")
 
 
 class TestConfigs:

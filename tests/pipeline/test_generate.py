@@ -99,7 +99,6 @@ def test_workload_counts_this_backbone(pipeline):
         ({"height": 65}, "multiples of 8"),
         ({"prompt": ""}, "empty"),
         ({"prompt": "red " * 200}, "30 at most"),
-        ({"rules": "other"}, "default, paper"),
     ],
 )
 def test_bad_requests(pipeline, change, message):
