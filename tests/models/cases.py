@@ -120,7 +120,7 @@ def random_params(shapes):
         values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(leaf.shape)
         if name.endswith("['kernel']"):
             # A stacked kernel's first axis is depth, not a fan-in.
-            depth = leaf.shape[0] if "transformer_blocks'" in name or "layers'" in name else 1
+            depth = leaf.shape[0] if "blocks'" in name or "layers'" in name else 1
             fan_in = np.prod(leaf.shape[:-1]) / depth
             values /= np.sqrt(max(fan_in, 1.0))
         elif name.endswith("['scale']"):

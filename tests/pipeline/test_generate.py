@@ -92,7 +92,7 @@ def test_workload_counts_this_backbone(pipeline):
         ({"steps": 1001}, "from 1 to 1000"),
         ({"ratio": 1.2}, "from 0 to 0.9375"),
         ({"ratio": math.nan}, "from 0 to 0.9375"),
-        ({"psnr_db": math.nan}, "inf is a perfect channel"),
+        ({"psnr_db": math.nan}, "perfect channel"),
         ({"guidance": -1.0}, "from 0 on"),
         ({"strength": 0.0}, "above 0"),
         ({"seed": -1}, "seed"),
