@@ -231,7 +231,9 @@ def draw(log_path: Path, path: Path) -> None:
     for axis, name in zip(axes, ("reward", "latency, s", "energy, kJ"), strict=True):
         axis.set_xlabel("epoch")
         axis.set_ylabel(name)
-    axes[0].legend(title="limits (dashed: optimum, limit)")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), title="limits (dashed: optimum, limit)", loc="outside right"
+    )
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=150)
     os.replace(temporary, path)
