@@ -81,6 +81,7 @@ def train_policies(
     _claim(config)
     states = _fit(config, algorithm, params, runs, best)
     policies = jax.device_get(jax.vmap(algorithm.policy)(states))
+    judge = _judge(config, env, params, learner.squash)
     results = []
     for run, seed in enumerate(runs.seeds_R):
         policy = stacked(policies, run)
@@ -96,7 +97,7 @@ def train_policies(
         name = "conditioned" if config.conditioned else "limit_" + "_".join(f"{x:g}" for x in limits[0])
         save_policy(config.folder / f"{name}_seed{seed}.safetensors", Policy(policy, info))
         for pair in limits:
-            found = _evaluate(config, env, params, policy, learner.squash, pair, int(seed))
+            found = judge(policy, pair, int(seed))
             results.append({"limits": pair, "seed": int(seed), "optimum": best[pair], **found})
     _write(config.folder / "results.json", json.dumps(results, indent=2))
     return results
@@ -239,33 +240,28 @@ def draw(log_path: Path, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def _evaluate(
-    config: PolicyRunConfig,
-    env: Env,
-    params: EnvParams,
-    policy: PolicyParams,
-    squash: networks.Squash,
-    limits: tuple[float, ...],
-    seed: int,
-) -> dict[str, Any]:
-    """Return the worth of the deterministic and of the sampled policy."""
+def _judge(
+    config: PolicyRunConfig, env: Env, params: EnvParams, squash: networks.Squash
+) -> Callable[[PolicyParams, tuple[float, ...], int], dict[str, Any]]:
+    """Return (policy, limits, seed) -> the worth of its mean and of its samples, compiled once for all."""
 
-    def act(policy: PolicyParams, sampled: jax.Array, key: jax.Array, observation: jax.Array) -> jax.Array:
-        found = gaussian(policy, observation, squash)
-        return jnp.where(sampled, networks.sample(key, found), found.mean)
+    @jax.jit
+    def worth(policy: PolicyParams, limits: jax.Array, key: jax.Array, sampled: jax.Array) -> Evaluation:
+        def act(key: jax.Array, observation: jax.Array) -> jax.Array:
+            found = gaussian(policy, observation, squash)
+            return jnp.where(sampled, networks.sample(key, found), found.mean)
 
-    def worth(policy: PolicyParams, limits: jax.Array, sampled: jax.Array) -> Evaluation:
-        own = dataclasses.replace(params, limits=limits)
-        return evaluate(
-            jax.random.key(10**6 + seed), env, lambda k, o: act(policy, sampled, k, o), own, config.episodes
-        )
+        return evaluate(key, env, act, dataclasses.replace(params, limits=limits), config.episodes)
 
-    worth = jax.jit(worth)
-    found = {}
-    for name, sampled in (("deterministic", False), ("sampled", True)):
-        numbers = worth(policy, jnp.asarray(limits), jnp.asarray(sampled))._asdict()
-        found[name] = {k: np.asarray(v).tolist() for k, v in numbers.items()}
-    return found
+    def judge(policy: PolicyParams, limits: tuple[float, ...], seed: int) -> dict[str, Any]:
+        key = jax.random.key(10**6 + seed)
+        found = {}
+        for name, sampled in (("deterministic", False), ("sampled", True)):
+            numbers = worth(policy, jnp.asarray(limits), key, jnp.asarray(sampled))._asdict()
+            found[name] = {k: np.asarray(v).tolist() for k, v in numbers.items()}
+        return found
+
+    return judge
 
 
 def _claim(config: PolicyRunConfig) -> None:

@@ -11,12 +11,14 @@ import pytest
 
 from megjax.errors import MegError
 from megjax.rl import training
-from megjax.rl.cvpo import CvpoConfig, make_train
+from megjax.rl.algorithm import whole_run
+from megjax.rl.cvpo import CvpoConfig, make_cvpo, make_train
 from megjax.rl.env import REFERENCE, action_of, make_env
 from megjax.rl.evaluate import evaluate
 from megjax.rl.networks import Moments
+from megjax.rl.optimum import tables
 from megjax.rl.policy import Policy, PolicyInfo, PolicyParams, act, gaussian, load_policy, save_policy
-from megjax.rl.ppo import PpoConfig
+from megjax.rl.ppo import PpoConfig, make_ppo
 from megjax.rl.training import PolicyRunConfig, train_policies
 
 SMALL = CvpoConfig(
@@ -55,6 +57,16 @@ def test_one_program_serves_all_limits_and_degrades_without_nan():
     assert np.mean(np.asarray(metrics["cost"])[-100:, 0, 0]) < 2.2
 
 
+@pytest.mark.parametrize(
+    "make", [lambda env: make_cvpo(SMALL, env), lambda env: make_ppo(PpoConfig(epochs=2), env)]
+)
+def test_runs_trace_in_double_precision(make):
+    with jax.enable_x64(True):
+        train = whole_run(make(make_env()))
+        _, metrics = jax.eval_shape(train, jax.random.key(0), REFERENCE)
+    assert metrics["reward"].dtype == metrics["kl"].dtype == np.float64
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("limits", "reward"), [((3.0, 1.8), 3.8688), ((2.5, 1.8), 3.5618), ((4.0, 1.0), 4.2694)]
@@ -68,6 +80,12 @@ def test_default_policies_reach_the_optimum(tmp_path, limits, reward):
         assert np.all(np.asarray(result["sampled"]["costs"]) <= 1.01 * np.asarray(limits))
 
 
+@pytest.fixture(scope="module")
+def table():
+    """Return coarse tables: what the optimum is does not matter to these tests."""
+    return tables(bins=10, ratios=11)
+
+
 @pytest.fixture
 def compilation_cache(tmp_path):
     """Let the calls of one test share their compiled programs."""
@@ -77,7 +95,7 @@ def compilation_cache(tmp_path):
     jax.config.update("jax_compilation_cache_dir", None)
 
 
-def test_interrupted_training_resumes_to_the_same_policies(tmp_path, monkeypatch, compilation_cache):
+def test_interrupted_training_resumes_to_the_same_policies(tmp_path, monkeypatch, compilation_cache, table):
     config = PolicyRunConfig(
         learner=SMALL,
         limits=((3.0, 1.8), (2.5, 1.8)),
@@ -86,7 +104,7 @@ def test_interrupted_training_resumes_to_the_same_policies(tmp_path, monkeypatch
         episodes=4,
         folder=tmp_path / "whole",
     )
-    whole = train_policies(config)
+    whole = train_policies(config, table=table)
     assert [r["limits"] for r in whole] == [(3.0, 1.8), (2.5, 1.8)]
     log = training._log
 
@@ -98,9 +116,9 @@ def test_interrupted_training_resumes_to_the_same_policies(tmp_path, monkeypatch
     config = dataclasses.replace(config, folder=tmp_path / "cut")
     monkeypatch.setattr(training, "_log", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train_policies(config)
+        train_policies(config, table=table)
     monkeypatch.setattr(training, "_log", log)
-    train_policies(config)
+    train_policies(config, table=table)
     for name in ("limit_3_1.8_seed3.safetensors", "limit_2.5_1.8_seed3.safetensors"):
         chex.assert_trees_all_close(
             *(load_policy(tmp_path / run / name).params for run in ("whole", "cut")), rtol=1e-5, atol=1e-6
@@ -108,15 +126,15 @@ def test_interrupted_training_resumes_to_the_same_policies(tmp_path, monkeypatch
     lines = [json.loads(x) for x in (tmp_path / "cut" / "curves.jsonl").read_text().splitlines()]
     assert [(x["epoch"], x["limits"]) for x in lines] == [(e, [d, 1.8]) for e in (4, 8) for d in (3.0, 2.5)]
     with pytest.raises(MegError, match="other settings"):
-        train_policies(dataclasses.replace(config, seeds=(4,)))
+        train_policies(dataclasses.replace(config, seeds=(4,)), table=table)
 
 
-def test_conditioned_runs_have_a_dual_for_each_limit(tmp_path):
+def test_conditioned_runs_have_a_dual_for_each_limit(tmp_path, table):
     limits = ((2.3, 1.8), (4.0, 1.8))
     config = PolicyRunConfig(
         learner=SMALL, limits=limits, conditioned=True, chunks=1, episodes=4, folder=tmp_path
     )
-    results = train_policies(config)
+    results = train_policies(config, table=table)
     assert [r["limits"] for r in results] == [*limits]
     policy = load_policy(tmp_path / "conditioned_seed0.safetensors")
     assert act(policy, 0.0, limits=(3.1, 1.8)).steps in range(4, 13)
@@ -130,9 +148,11 @@ def test_impossible_limits_are_refused_before_training(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_ppo_trains(tmp_path):
+def test_ppo_trains(tmp_path, table):
     learner = PpoConfig(envs=8, collect_steps=8, epochs=4, minibatches=2, hidden=(8, 8))
-    results = train_policies(PolicyRunConfig(learner=learner, chunks=2, episodes=4, folder=tmp_path))
+    results = train_policies(
+        PolicyRunConfig(learner=learner, chunks=2, episodes=4, folder=tmp_path), table=table
+    )
     assert np.isfinite(results[0]["deterministic"]["reward"])
 
 
