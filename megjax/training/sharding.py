@@ -1,0 +1,89 @@
+"""Where parameters, optimiser state and batches lie on a mesh of devices.
+
+Every axis is `AxisType.Auto`: programs are written for the whole, `jax.jit` splits them. Run a step under
+`jax.set_mesh(mesh)`, so that the networks gather a block's parameters where they use them
+(`megjax.models.placement`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from megjax.errors import MegError
+from megjax.models.placement import BATCH_AXES, MESH_AXES, MIN_SIZE, partition
+from megjax.training.step import TrainState
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """Arrange devices as `data` x `fsdp` x `tensor`.
+
+    Args:
+        data: copies of the parameters, each for its part of the batch; -1 takes the devices that are left.
+        fsdp: parts that each parameter is cut into; each part has its part of the batch, too. May be -1.
+        tensor: parts that a matrix product is cut into. May be -1.
+        devices: all there are, unless given.
+
+    Raises:
+        MegError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    given = f"mesh data={data}, fsdp={fsdp}, tensor={tensor}"
+    if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
+        raise MegError(f"{given}: give positive sizes, one of them -1 at most, to take the devices left")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(devices) % fixed or (-1 not in sizes.values() and fixed != len(devices)):
+        raise MegError(f"{given}: needs a multiple of {fixed} devices, there are {len(devices)}")
+    shape = tuple(len(devices) // fixed if size == -1 else size for size in sizes.values())
+    return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def param_shardings(
+    shapes: PyTree, mesh: Mesh, *, min_size: int = MIN_SIZE, memory_kind: str | None = None
+) -> PyTree:
+    """Cut each leaf over `fsdp` (and `tensor`) by its path and shape, see `megjax.models.placement`.
+
+    Optimiser state has its parameters' paths and shapes below its own, so it lies where they lie.
+
+    Args:
+        shapes: tree of arrays or `jax.ShapeDtypeStruct`.
+        mesh: from `make_mesh`.
+        min_size: leaves with fewer values, a layer, are replicated.
+        memory_kind: such as `pinned_host`; the device's own unless given.
+    """
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        spec = partition(path, leaf.shape, mesh, min_size=min_size)
+        return NamedSharding(mesh, spec, memory_kind=memory_kind)
+
+    return jax.tree_util.tree_map_with_path(sharding, shapes)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of arrays whose leading axis is the batch: over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Of what every device holds whole: keys, step numbers, metrics."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def state_shardings(state_shapes: TrainState, mesh: Mesh, *, offload_ema: bool = False) -> TrainState:
+    """Shardings of a whole training state, in its structure.
+
+    Args:
+        state_shapes: from `jax.eval_shape(init_state, ...)`.
+        mesh: from `make_mesh`.
+        offload_ema: keep the moving average in the hosts' memory.
+    """
+    shardings = param_shardings(state_shapes, mesh)
+    if offload_ema:
+        return shardings._replace(ema=param_shardings(state_shapes.ema, mesh, memory_kind="pinned_host"))
+    return shardings
