@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import tyro
 
 from configs.pretrain import PRESETS
+from megjax.allocator import keep_freed_memory
+from megjax.pipeline import load_pipeline
 from megjax.training.curves import draw_curves
 from megjax.training.pretrain import (
     PretrainConfig,
@@ -19,14 +23,23 @@ from megjax.training.pretrain import (
 
 def main(config: PretrainConfig) -> None:
     """Train all stages; each resumes from its newest checkpoint in `config.folder`."""
+    keep_freed_memory()
     config.folder.mkdir(parents=True, exist_ok=True)
     key_vae, key_pool, key_denoiser = jax.random.split(jax.random.key(config.seed), 3)
-    autoencoder = train_autoencoder(config, key_vae)
+    names, start = ("decoder", "denoiser"), None
+    if config.start is None:
+        names = ("vae", *names)
+        autoencoder = train_autoencoder(config, key_vae)
+    else:
+        finished = load_pipeline(config.start)
+        start = finished.params
+        config = dataclasses.replace(config, vae=finished.vae_decoder.config)
+        autoencoder = {"encoder": start["vae_encoder"], "decoder": start["vae_decoder"]}
     pool = latent_pool(config, autoencoder["encoder"], key_pool)
-    denoiser = train_denoiser(config, pool.data, key_denoiser)
+    denoiser = train_denoiser(config, pool.data, key_denoiser, start)
     decoder = train_decoder(config, autoencoder, jax.random.fold_in(key_vae, 1))
     model = save_backbone(config, pool.vae, autoencoder, decoder, denoiser)
-    draw_curves(config.folder, ("vae", "decoder", "denoiser"), model / "curves.png")
+    draw_curves(config.folder, names, model / "curves.png")
     print(model)
 
 

@@ -43,6 +43,8 @@ class PretrainConfig:
     text_encoder_2: CLIPTextConfig
     folder: Path = Path("runs/pretrain")
     """Where checkpoints, logs and the finished model go."""
+    start: Path | None = None
+    """A finished backbone to go on from: its encoder stays, its decoder, U-Net and text encoders learn on."""
     seed: int = 0
     vae_steps: int = 1800
     decoder_steps: int = 4000
@@ -122,7 +124,10 @@ class Pool(NamedTuple):
 
 
 def latent_pool(config: PretrainConfig, encoder_params: Params, key: Key[Array, ""]) -> Pool:
-    """Encode the scenes that the U-Net learns from, once: the pool is kept as `latents.npz`."""
+    """Encode the scenes that the U-Net learns from, once: the pool is kept as `latents.npz`.
+
+    They are normalised by their own statistics, unless the VAE's config already has some.
+    """
     path = config.folder / "latents.npz"
     if path.exists():
         stored = np.load(path)
@@ -146,6 +151,8 @@ def latent_pool(config: PretrainConfig, encoder_params: Params, key: Key[Array, 
 
 
 def _normalised(vae: VAEConfig, latents_NxHxWxC: np.ndarray, ids_NxL: np.ndarray) -> Pool:
+    if vae.latents_mean is not None:
+        return Pool(Captioned(jnp.asarray(latents_NxHxWxC, jnp.bfloat16), jnp.asarray(ids_NxL)), vae)
     mean: np.ndarray = latents_NxHxWxC.mean(axis=(0, 1, 2), dtype=np.float64)
     std: np.ndarray = latents_NxHxWxC.std(axis=(0, 1, 2), dtype=np.float64)
     z0 = ((latents_NxHxWxC - mean) / std).astype(np.float32)
@@ -155,8 +162,17 @@ def _normalised(vae: VAEConfig, latents_NxHxWxC: np.ndarray, ids_NxL: np.ndarray
     return Pool(Captioned(jnp.asarray(z0, jnp.bfloat16), jnp.asarray(ids_NxL)), config)
 
 
-def train_denoiser(config: PretrainConfig, data: Captioned, key: Key[Array, ""]) -> Params:
-    """Stage three; returns the averaged parameters of `unet`, `text_encoder` and `text_encoder_2`."""
+def train_denoiser(
+    config: PretrainConfig, data: Captioned, key: Key[Array, ""], start: Params | None = None
+) -> Params:
+    """Stage three; returns the averaged parameters of `unet`, `text_encoder` and `text_encoder_2`.
+
+    Args:
+        config: the networks and their training.
+        data: from `latent_pool`.
+        key: of the initial parameters and the run.
+        start: parameters of the three to go on from, instead of random ones.
+    """
     networks = {
         "unet": unet(config.unet),
         "text_encoder": clip_text(config.text_encoder),
@@ -169,6 +185,8 @@ def train_denoiser(config: PretrainConfig, data: Captioned, key: Key[Array, ""])
     }
     # Predicting no noise at all is a calmer start than predicting noise of its own.
     params["unet"]["conv_out"] = jax.tree.map(jnp.zeros_like, params["unet"]["conv_out"])
+    if start is not None:
+        params = {name: start[name] for name in params}
     words, _ = vocabulary()
     start, end = words["<|startoftext|>"], words["<|endoftext|>"]
     length = config.text_encoder.max_position_embeddings
