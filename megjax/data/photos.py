@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +22,14 @@ def load_photos(names: tuple[str, ...] = TRAIN) -> list[np.ndarray]:
     """Read photographs of the installed scikit-image as (H, W, 3) uint8; no download.
 
     Raises:
-        MegError: if scikit-image is not installed.
+        MegError: if scikit-image is not installed, or a version without these photographs.
     """
-    try:
-        import skimage
-    except ImportError:
-        raise MegError("scikit-image is not installed; `pip install 'megjax[pretrain]'`") from None
-    folder = Path(skimage.__file__).parent / "data"
+    spec = importlib.util.find_spec("skimage")
+    if spec is None or spec.origin is None:
+        raise MegError("scikit-image is not installed; `pip install 'megjax[pretrain]'`")
+    folder = Path(spec.origin).parent / "data"
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise MegError(f"{folder / missing[0]}: not in this scikit-image; `pip install 'megjax[pretrain]'`")
     return [np.asarray(Image.open(folder / name).convert("RGB")) for name in names]
 
 

@@ -87,7 +87,6 @@ def _check_class(origin: Path, part: str, found: list[Any]) -> None:
 
 def _download(model: str, variant: str | None) -> Path:
     """Fetch a hub repository's configs and one format of its weights; returns the local snapshot."""
-    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -127,6 +126,6 @@ def _download(model: str, variant: str | None) -> Path:
         reason = f"no such folder, and not a hub id ({formats.first_line(error)})"
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         reason = "no such folder; not in the hub's cache either, and the hub is offline or cannot be reached"
-    except (httpx.HTTPError, OSError) as error:
+    except Exception as error:  # OSError, and the errors of whichever HTTP library the hub's client uses
         reason = f"the download failed ({formats.first_line(error)})"
     raise WeightsError(f"{model}: {reason}")

@@ -1,6 +1,6 @@
 """Write sdxl_names.npz: names and shapes of SDXL's tensors in the reference classes; no weights allocated.
 
-    python tests/weights/make_sdxl_names.py
+    python -m tests.weights.make_sdxl_names
 
 Needs the extra `parity`; takes a minute. The Flax names of U-Net and VAE come from diffusers 0.39.0, the last
 version that has Flax classes. Those of the text encoders come from transformers 4.55.4, when run with it;

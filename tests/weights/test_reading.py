@@ -15,12 +15,12 @@ import pytest
 import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from weight_trees import CONFIGS, component, same
 
 from megjax import weights
 from megjax.errors import WeightsError
 from megjax.weights import formats
 from megjax.weights.stored import DTYPES
+from tests.weights.weight_trees import CONFIGS, component, same
 
 FORMATS = ("safetensors", "msgpack")
 CLIP_FILES = {"safetensors": "model.safetensors", "msgpack": "flax_model.msgpack"}

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from make_sdxl_names import SDXL, torch_shapes
-from weight_trees import shapes_of
 
 from megjax.weights import names
+from tests.weights.make_sdxl_names import SDXL, torch_shapes
+from tests.weights.weight_trees import shapes_of
 
 STORED = np.load(Path(__file__).with_name("sdxl_names.npz"))
 PARAMETERS = {

@@ -6,11 +6,11 @@ import flax.serialization
 import jax
 import numpy as np
 import pytest
-from weight_trees import CONFIGS, component, same
 
 from megjax import weights
 from megjax.errors import WeightsError
 from megjax.weights import names
+from tests.weights.weight_trees import CONFIGS, component, same
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

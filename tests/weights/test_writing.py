@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from weight_trees import component, same
 
 from megjax import weights
 from megjax.errors import MegError, WeightsError
 from megjax.weights import writing
+from tests.weights.weight_trees import component, same
 
 SHARDS = 30_000
 
