@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Complex, Float, Int, PRNGKeyArray, Shaped
 from megjax.link import channel
 from megjax.link.channel import LinkParams
 from megjax.link.cost import Compute, FrameCost, frame_cost
+from megjax.link.features import psnr_from_snr
 from megjax.rl.quality import QualitySource, analytic_mse
 
 Real: TypeAlias = float | int | Shaped[Array, "..."]
@@ -47,7 +48,7 @@ class EnvParams:
     compute: Compute = ANALYTIC_COMPUTE
     link: LinkParams = field(default_factory=LinkParams)
     psnr_db: Real = 10.0
-    """PSNR of the received features, which the quality source reads."""
+    """PSNR of the received features, which the quality source reads; tied to the link, the margin over it."""
     min_steps: Real = 4
     max_steps: Real = 12
     max_steps_in_episode: Real = 64
@@ -114,12 +115,18 @@ def step_cost(
     return frame_cost(params.compute, steps, payload(ratio), channel.rate_bps(snr, params.link), power_w)
 
 
+def feature_psnr_db(snr: Float[Array, ""], params: EnvParams, tied: bool) -> Float[Array, ""]:
+    """Return the PSNR that the quality source reads: the problem's, or the link's SNR and a margin."""
+    return psnr_from_snr(snr, params.link, params.psnr_db) if tied else jnp.asarray(params.psnr_db, snr.dtype)
+
+
 def make_env(
     quality: QualitySource = analytic_mse,
     payload: Payload = analytic_payload,
     *,
     observe_limits: bool = False,
     shadowing: bool = False,
+    tied_psnr: bool = False,
 ) -> Env:
     """Return the environment of Eqs. (22)-(23).
 
@@ -128,6 +135,7 @@ def make_env(
         payload: bits of a message at a merging ratio.
         observe_limits: append the limits to the observation, for one policy that obeys any limits.
         shadowing: draw log-normal shadowing each frame (`LinkParams.shadowing_std_db`).
+        tied_psnr: the features' PSNR follows the link's SNR (`features.psnr_from_snr`), `psnr_db` above it.
     """
 
     def observation(state: EnvState, params: EnvParams) -> Float[Array, " o"]:
@@ -161,7 +169,8 @@ def make_env(
         steps = denoising_steps(action[0], params)
         ratio = action[1]
         cost = step_cost(steps, ratio, state.snr, params, payload)
-        mse = quality(jax.random.fold_in(key, 4), steps, ratio, jnp.asarray(params.psnr_db, steps.dtype))
+        psnr_db = feature_psnr_db(state.snr, params, tied_psnr).astype(steps.dtype)
+        mse = quality(jax.random.fold_in(key, 4), steps, ratio, psnr_db)
         costs = jnp.stack([cost.latency_s, cost.energy_j / 1000.0])
 
         reset_observation, reset_state = reset(key, params)
@@ -180,12 +189,14 @@ def make_env(
             "steps": steps,
             "ratio": ratio,
             "mse": mse,
+            "terminated": jnp.zeros((), bool),
+            "truncated": truncated,
         }
         state, obs = jax.tree.map(
             lambda ended, going: jnp.where(truncated, ended, going),
             (reset_state, reset_observation),
             (next_state, next_observation),
         )
-        return obs, state, -jnp.log(mse), jnp.zeros((), bool), truncated, info
+        return obs, state, -jnp.log(mse), info["terminated"], truncated, info
 
     return Env(reset, step, 5 if observe_limits else 3, 2, 2)

@@ -18,7 +18,7 @@ import scipy.sparse
 
 from megjax.errors import MegError
 from megjax.link import channel
-from megjax.rl.env import REFERENCE, EnvParams, Payload, analytic_payload, step_cost
+from megjax.rl.env import REFERENCE, EnvParams, Payload, analytic_payload, feature_psnr_db, step_cost
 from megjax.rl.quality import QualitySource, analytic_mse
 
 
@@ -63,6 +63,8 @@ def tables(
     ratios: int = 401,
     quality_draws: int = 1,
     seed: int = 0,
+    *,
+    tied_psnr: bool = False,
 ) -> Tables:
     """Return the rewards and costs on a grid of channel states and actions.
 
@@ -73,6 +75,7 @@ def tables(
         ratios: points of the ratio's grid.
         quality_draws: keys over which -log MSE is averaged; 1 suffices for a source that draws nothing.
         seed: of those draws.
+        tied_psnr: as given to `make_env`.
     """
     steps = np.arange(int(params.min_steps), int(params.max_steps) + 1)
     actions = np.stack(
@@ -81,23 +84,27 @@ def tables(
     key = jax.random.key(seed)
     snr_S = _channel_bins(key, params, bins)
 
-    def reward(action: jax.Array) -> jax.Array:
+    def rewards(action: jax.Array) -> jax.Array:
+        """Return the rewards [S], or [1] where they do not depend on the channel."""
         keys = jax.random.split(key, quality_draws)
-        mse = jax.vmap(lambda k: quality(k, action[0], action[1], jnp.asarray(params.psnr_db, action.dtype)))(
-            keys
-        )
-        return -jnp.mean(jnp.log(mse))
+        snr = jnp.asarray(snr_S if tied_psnr else snr_S[:1], action.dtype)
+
+        def mean(snr: jax.Array) -> jax.Array:
+            psnr_db = feature_psnr_db(snr, params, tied_psnr)
+            return -jnp.mean(jnp.log(jax.vmap(lambda k: quality(k, action[0], action[1], psnr_db))(keys)))
+
+        return jax.vmap(mean)(snr)
 
     def costs(snr: jax.Array, action: jax.Array) -> jax.Array:
         cost = step_cost(action[0], action[1], snr, params, payload)
         return jnp.stack([cost.latency_s, cost.energy_j / 1000.0])
 
     actions_j = jnp.asarray(actions, jnp.result_type(float))
-    rewards_A = np.asarray(jax.lax.map(reward, actions_j), np.float64)
+    rewards_AxS = np.asarray(jax.lax.map(rewards, actions_j), np.float64)
     costs_SxAxM = jax.jit(jax.vmap(jax.vmap(costs, (None, 0)), (0, None)))(
         jnp.asarray(snr_S, actions_j.dtype), actions_j
     )
-    rewards_SxA = np.broadcast_to(rewards_A, (bins, len(actions)))
+    rewards_SxA = np.broadcast_to(rewards_AxS.T, (bins, len(actions)))
     return Tables(rewards_SxA, np.asarray(costs_SxAxM, np.float64), snr_S, actions)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -15,19 +17,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import PartitionSpec
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megjax.errors import MegError
+from megjax.link import profiles
 from megjax.rl import networks, optimum
 from megjax.rl.algorithm import Algorithm, PolicyParams
 from megjax.rl.cvpo import CvpoConfig, make_cvpo
-from megjax.rl.env import REFERENCE, Env, EnvParams, make_env
+from megjax.rl.env import Env, EnvParams
 from megjax.rl.evaluate import Evaluation, evaluate
 from megjax.rl.policy import Policy, PolicyInfo, gaussian, save_policy, stacked
 from megjax.rl.ppo import PpoConfig, make_ppo
+from megjax.rl.problem import ANALYTIC, Problem, environment, tabulate, wire_payload
+from megjax.rl.quality import load_table
 
 Batching: TypeAlias = Literal["auto", "map", "vmap"]
-"""How runs share the device: one after the other (faster on CPUs), or side by side; auto asks the device."""
+"""How the runs of one device share it: one after the other (faster on CPUs) or side by side; auto asks it."""
+
+Report: TypeAlias = Callable[[float, str], None]
+"""(share of the training done, one line on where it stands)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +49,13 @@ class PolicyRunConfig:
     seeds: tuple[int, ...] = (0,)
     conditioned: bool = False
     """One policy that observes its limits and is trained on all of them at once."""
+    table: str | None = None
+    """Train on measured quality, with SDXL's costs: `tiny`, or a file of `python -m eval.quality_table`. Left
+    out, on the reference problem `analytic`."""
+    profile: str = "paper"
+    """Hardware profile behind the costs; read with `table` only."""
+    psnr_db: float = 10.0
+    """PSNR of the received features; read with `table` only."""
     folder: Path = Path("runs/policy")
     chunks: int = 20
     """Parts of a run: after each, curves are written and a checkpoint is saved."""
@@ -55,31 +71,60 @@ class Runs(NamedTuple):
     seeds_R: np.ndarray
 
 
+def problem_of(config: PolicyRunConfig) -> Problem:
+    """Return the problem that a config names: `analytic`, or a measured table under SDXL's costs.
+
+    Raises:
+        MegError: a table or a profile that cannot be read.
+    """
+    if config.table is None:
+        return ANALYTIC
+    table = load_table(config.table)
+    params = EnvParams(
+        compute=profiles.compute(profiles.load(config.profile)),
+        psnr_db=config.psnr_db,
+        min_steps=int(table.steps[0]),
+        max_steps=int(table.steps[-1]),
+    )
+    return Problem(params, table, wire_payload())
+
+
 def train_policies(
-    config: PolicyRunConfig, env: Env | None = None, params: EnvParams = REFERENCE, table: Any = None
+    config: PolicyRunConfig,
+    problem: Problem | None = None,
+    table: optimum.Tables | None = None,
+    report: Report | None = None,
 ) -> list[dict[str, Any]]:
     """Train every limit with every seed; return what each final policy is worth.
 
-    The folder then holds `curves.jsonl`, `curves.png`, `results.json` and a policy file for each run. An
-    interrupted call continues from its last checkpoint.
+    All runs are one compiled program, on every local device. The folder then holds `curves.jsonl`,
+    `curves.png`, `results.json` and a policy file for each run. An interrupted call continues from its last
+    checkpoint.
 
     Args:
         config: what to train.
-        env: the environment; left out, the reference problem.
-        params: its numbers; the limits come from `config`.
-        table: its `optimum.Tables`, for the feasibility check and the optimum; left out, those of `params`.
+        problem: what to solve; left out, the one that the config names.
+        table: the problem's tables, for the feasibility check and the optimum; left out, they are computed.
+        report: told how far the training is; left out, a progress bar is shown.
+
+    Returns:
+        One record a run and limit: `limits`, `seed`, `policy` (its file), `optimum` (reward), and
+        `deterministic` and `sampled`, each with the entries of `Evaluation`.
 
     Raises:
         MegError: limits that no policy can meet, named with the lowest reachable values, or a folder of
             another run.
     """
-    env = env or make_env(observe_limits=config.conditioned)
-    table = optimum.tables(params) if table is None else table
+    problem = problem_of(config) if problem is None else problem
+    params, env = problem.params, environment(problem, observe_limits=config.conditioned)
+    _check(config)
+    table = tabulate(problem) if table is None else table
     best = {limits: optimum.solve(table, limits).reward for limits in config.limits}
     runs, learner = _runs(config), _learner(config)
     algorithm = _algorithm(learner, env)
-    _claim(config)
-    states = _fit(config, algorithm, params, runs, best)
+    _claim(config, table)
+    with _progress(f"{len(runs.seeds_R)} runs") if report is None else contextlib.nullcontext(report) as tell:
+        states = _fit(config, algorithm, params, runs, best, tell)
     policies = jax.device_get(jax.vmap(algorithm.policy)(states))
     judge = _judge(config, env, params, learner.squash)
     results = []
@@ -95,10 +140,12 @@ def train_policies(
             len(learner.hidden),
         )
         name = "conditioned" if config.conditioned else "limit_" + "_".join(f"{x:g}" for x in limits[0])
-        save_policy(config.folder / f"{name}_seed{seed}.safetensors", Policy(policy, info))
+        path = config.folder / f"{name}_seed{seed}.safetensors"
+        save_policy(path, Policy(policy, info))
         for pair in limits:
             found = judge(policy, pair, int(seed))
-            results.append({"limits": pair, "seed": int(seed), "optimum": best[pair], **found})
+            record = {"limits": pair, "seed": int(seed), "policy": str(path), "optimum": best[pair]}
+            results.append(record | found)
     _write(config.folder / "results.json", json.dumps(results, indent=2))
     return results
 
@@ -120,19 +167,55 @@ def _algorithm(learner: CvpoConfig | PpoConfig, env: Env) -> Algorithm:
     return make_cvpo(learner, env) if isinstance(learner, CvpoConfig) else make_ppo(learner, env)
 
 
-def _over_runs(config: PolicyRunConfig) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return the transformation that makes one program of all runs."""
+def _over_runs(config: PolicyRunConfig, count: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return the transformation that makes one program of `count` runs, spread over the local devices."""
     side_by_side = jax.default_backend() != "cpu" if config.batching == "auto" else config.batching == "vmap"
-    if side_by_side:
-        return jax.vmap
-    return lambda run: lambda *args: jax.lax.map(lambda one: run(*one), args)
+
+    def on_a_device(run: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.vmap(run) if side_by_side else lambda *args: jax.lax.map(lambda one: run(*one), args)
+
+    devices = jax.local_devices()[:count]
+    if len(devices) == 1:
+        return on_a_device
+    mesh, spec = jax.make_mesh((len(devices),), ("runs",), devices=devices), PartitionSpec("runs")
+    # The devices take equal shares: the first runs fill the places that are left over, and are dropped after.
+    places = jnp.arange(-(-count // len(devices)) * len(devices)) % count
+
+    def over_devices(run: Callable[..., Any]) -> Callable[..., Any]:
+        spread = jax.shard_map(on_a_device(run), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+
+        def all_runs(*args: Any) -> Any:
+            filled = jax.tree.map(lambda x: x[places], args)
+            return jax.tree.map(lambda x: x[:count], spread(*filled))
+
+        return all_runs
+
+    return over_devices
+
+
+@contextlib.contextmanager
+def _progress(name: str) -> Iterator[Report]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns) as progress:
+        task = progress.add_task(name, total=1.0, note="")
+        yield lambda share, note: progress.update(task, completed=share, note=note)
 
 
 def _fit(
-    config: PolicyRunConfig, algorithm: Algorithm, params: EnvParams, runs: Runs, best: dict[tuple, float]
+    config: PolicyRunConfig,
+    algorithm: Algorithm,
+    params: EnvParams,
+    runs: Runs,
+    best: dict[tuple, float],
+    report: Report,
 ) -> Any:
     """Train to the end, resuming from the folder's checkpoint."""
-    over_runs = _over_runs(config)
+    over_runs = _over_runs(config, len(runs.seeds_R))
     chunk = -(-algorithm.epochs // config.chunks)
     keys = jax.vmap(jax.random.key)(jnp.asarray(runs.seeds_R))
     limits = jnp.asarray(runs.limits_RxGxM)
@@ -164,16 +247,11 @@ def _fit(
         if (latest := manager.latest_step()) is not None:
             leaves = manager.restore(latest, args=ocp.args.StandardRestore(leaves))
             states = jax.tree.unflatten(structure, leaves)
-        first = 0 if latest is None else latest
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Progress(*columns) as progress, log_path.open("a" if first else "w") as log:
-            task = progress.add_task(f"{len(keys)} runs", total=config.chunks, completed=first, note="")
-            for part in range(first, -(-algorithm.epochs // chunk)):
+        first = latest or 0
+        parts = -(-algorithm.epochs // chunk)
+        _keep_lines(log_path, min(first * chunk, algorithm.epochs))
+        with log_path.open("a") as log:
+            for part in range(first, parts):
                 start = time.perf_counter()
                 count = min(chunk, algorithm.epochs - part * chunk)
                 states, metrics = advance(keys, limits, states, jnp.full(len(keys), count))
@@ -182,8 +260,7 @@ def _fit(
                 _log(log, metrics, runs, min((part + 1) * chunk, algorithm.epochs), seconds, best)
                 manager.save(part + 1, args=ocp.args.StandardSave(jax.tree.leaves(states)))
                 reward, cost = np.mean(metrics["reward"]), np.mean(metrics["cost"], axis=(0, 1))
-                note = f"reward {reward:.3f}, {cost[0]:.3f} s, {cost[1]:.3f} kJ"
-                progress.update(task, completed=part + 1, note=note)
+                report((part + 1) / parts, f"reward {reward:.3f}, {cost[0]:.3f} s, {cost[1]:.3f} kJ")
         manager.wait_until_finished()
     draw(log_path, config.folder / "curves.png")
     return states
@@ -206,6 +283,18 @@ def _log(log: Any, metrics: dict, runs: Runs, epoch: int, seconds: float, best: 
             record |= {k: float(v[run]) for k, v in scalars.items()}
             log.write(json.dumps(record) + "\n")
     log.flush()
+
+
+def _keep_lines(path: Path, epoch: int) -> None:
+    """Drop what an interrupted run logged after its last checkpoint, a line cut short included."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["epoch"] <= epoch:
+                kept.append(line + "\n")
+    _write(path, "".join(kept))
 
 
 def draw(log_path: Path, path: Path) -> None:
@@ -232,9 +321,9 @@ def draw(log_path: Path, path: Path) -> None:
     for axis, name in zip(axes, ("reward", "latency, s", "energy, kJ"), strict=True):
         axis.set_xlabel("epoch")
         axis.set_ylabel(name)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), title="limits (dashed: optimum, limit)", loc="outside right"
-    )
+    handles, labels = axes[0].get_legend_handles_labels()
+    place: Any = "outside right"  # newer than the types of some releases
+    figure.legend(handles=handles, labels=labels, title="limits (dashed: optimum, limit)", loc=place)
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=150)
     os.replace(temporary, path)
@@ -264,14 +353,30 @@ def _judge(
     return judge
 
 
-def _claim(config: PolicyRunConfig) -> None:
+def _check(config: PolicyRunConfig) -> None:
+    """Refuse what cannot be trained."""
+    if not config.limits or not config.seeds:
+        raise MegError("limits and seeds: give at least one of each")
+    for pair in config.limits:
+        if not all(np.isfinite(x) and x > 0 for x in pair):
+            raise MegError(f"limits {pair}: a mean latency (s) and energy (kJ), finite and above 0")
+    if len(set(config.limits)) < len(config.limits) or len(set(config.seeds)) < len(config.seeds):
+        raise MegError("limits and seeds: each may be given once")
+    if config.chunks < 1 or config.episodes < 1:
+        raise MegError(f"chunks {config.chunks}, episodes {config.episodes}: at least 1 of each")
+
+
+def _claim(config: PolicyRunConfig, table: optimum.Tables) -> None:
     """Note in the folder what it trains, and refuse one that trains something else."""
     config.folder.mkdir(parents=True, exist_ok=True)
     path = config.folder / "config.json"
     fields = {
         k: v for k, v in dataclasses.asdict(config).items() if k not in ("folder", "batching", "episodes")
     }
-    text = json.dumps({"learner": type(config.learner).__name__, **fields}, indent=2)
+    # Rewards and costs say which problem it is, however it was given.
+    numbers = np.ascontiguousarray(table.rewards_SxA).tobytes() + table.costs_SxAxM.tobytes()
+    known = {"learner": type(config.learner).__name__, "problem": hashlib.sha256(numbers).hexdigest()[:16]}
+    text = json.dumps({"kind": known, **fields}, indent=2)
     if path.exists() and path.read_text() != text:
         raise MegError(
             f"{config.folder} holds a run with other settings: choose another --folder or remove it"

@@ -14,7 +14,7 @@ from megjax.errors import MegError
 from megjax.link import channel
 from megjax.link.channel import LinkParams
 from megjax.rl.env import REFERENCE, EnvParams, action_of, denoising_steps, make_env
-from megjax.rl.quality import analytic_mse, table_mse
+from megjax.rl.quality import analytic_mse, make_table
 
 ENV = make_env()
 
@@ -103,7 +103,7 @@ def test_quality_table_interpolates_log_mse():
     steps, ratios, psnrs = [4, 8, 12], [0.0, 0.5, 1.0], [5.0, 20.0]
     rng = np.random.default_rng(0)
     table = np.exp(rng.normal(size=(1, 3, 3, 2)))
-    source = table_mse(table, steps, ratios, psnrs)
+    source = make_table(table, steps, ratios, psnrs)
     key = jax.random.key(0)
 
     def reference(steps, ratio):
@@ -119,7 +119,7 @@ def test_quality_table_interpolates_log_mse():
     # A table of the analytic surface, made fine, is the analytic surface; pictures are drawn evenly.
     fine = np.linspace(0, 1, 101)
     surface = np.array([[[reference(t, r)] for r in fine] for t in range(4, 13)])
-    pair = table_mse(np.stack([surface, 2 * surface]), list(range(4, 13)), fine, [10.0])
+    pair = make_table(np.stack([surface, 2 * surface]), list(range(4, 13)), fine, [10.0])
     draws = jax.vmap(lambda k: pair(k, jnp.float32(7), jnp.float32(0.333), jnp.float32(10)))(
         jax.random.split(key, 2000)
     )
@@ -138,7 +138,7 @@ def test_quality_table_interpolates_log_mse():
 )
 def test_bad_tables_are_refused(table, steps, message):
     with pytest.raises(MegError, match=message):
-        table_mse(table, steps, [0.0], [10.0])
+        make_table(table, steps, [0.0], [10.0])
 
 
 def test_gymnasium_accepts_it():
