@@ -23,6 +23,7 @@ from megjax.link.cost import FrameCost, frame_cost
 from megjax.link.features import FeatureRules
 from megjax.models import Options
 from megjax.pipeline import Generated, Pipeline, Request, check, generate, load_pipeline
+from megjax.pipeline.split import Sampler
 from megjax.pipeline.workload import workload
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -57,6 +58,10 @@ class Generate:
     """What guidance leads away from."""
     guidance: float = 2.5
     """Of classifier-free guidance."""
+    sampler: Sampler | None = None
+    """`perflow` or `ddim`; by default the few-step student where the model has one."""
+    tome_ratio: float = 0.0
+    """Of the tokens merged inside the U-Net's self-attention, for speed."""
     init_image: Path | None = None
     """Picture to start from (image-to-image)."""
     strength: float = 0.6
@@ -84,16 +89,18 @@ def generate_command(args: tyro.conf.OmitArgPrefixes[Generate]) -> None:
     output = _writable(args.output)
     request = Request(
         args.prompt,
-        args.negative_prompt,
-        args.steps,
-        args.ratio,
-        args.psnr_db,
-        args.guidance,
-        args.seed,
-        args.rules,
-        args.strength,
-        args.height,
-        args.width,
+        negative_prompt=args.negative_prompt,
+        steps=args.steps,
+        ratio=args.ratio,
+        psnr_db=args.psnr_db,
+        guidance=args.guidance,
+        seed=args.seed,
+        rules=args.rules,
+        sampler=args.sampler,
+        tome_ratio=args.tome_ratio,
+        strength=args.strength,
+        height=args.height,
+        width=args.width,
     )
     profile = profiles.load(args.profile)
     console = Console(stderr=True)
@@ -118,7 +125,9 @@ def generate_command(args: tyro.conf.OmitArgPrefixes[Generate]) -> None:
         snr = channel.snr(args.distance_m) if args.snr_db is None else channel.from_db(args.snr_db)
         rate_bps = channel.rate_bps(snr, params)
         cost = frame_cost(
-            profiles.compute(profile, workload(pipeline, size), image_to_image=start is not None),
+            profiles.compute(
+                profile, workload(pipeline, size, args.tome_ratio), image_to_image=start is not None
+            ),
             args.steps,
             result.payload_bits,
             rate_bps,

@@ -11,10 +11,12 @@ from megjax.diffusion.ddim import (
     schedule,
 )
 from megjax.diffusion.guidance import Conditioning, conditioned, encode_text, guided
+from megjax.diffusion.perflow import Parametrisation, perflow, perflow_timesteps
 
 __all__ = [
     "Conditioning",
     "Denoise",
+    "Parametrisation",
     "Schedule",
     "Spacing",
     "conditioned",
@@ -23,6 +25,8 @@ __all__ = [
     "encode_text",
     "guided",
     "noised",
+    "perflow",
+    "perflow_timesteps",
     "read_schedule",
     "schedule",
 ]

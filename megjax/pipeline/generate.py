@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from megjax.diffusion.perflow import WINDOWS
 from megjax.errors import MegError
 from megjax.link.features import FeatureRules
 from megjax.link.payload import payload_bits
 from megjax.merging import token_grid
 from megjax.pipeline.load import Pipeline
-from megjax.pipeline.split import condition, decode, denoise, encode, send
+from megjax.pipeline.split import Sampler, condition, decode, denoise, encode, send, unet_params
 from megjax.text import tokenize
 
 REFERENCE_STEPS = 12
@@ -39,6 +40,8 @@ class Request:
         guidance: of classifier-free guidance.
         seed: of the noise, the partition and the channel.
         rules: `default`, or `paper` for the authors' noise and layout.
+        sampler: `perflow`, `ddim`, or None for the few-step student where the backbone has one.
+        tome_ratio: of the tokens merged inside the U-Net's self-attention, for speed.
         strength: with a picture to start from, how far to leave it: 1 forgets it.
         height: of the picture, pixels; None is the model's own.
         width: likewise.
@@ -52,6 +55,8 @@ class Request:
     guidance: float = 2.5
     seed: int = 0
     rules: FeatureRules = "default"
+    sampler: Sampler | None = None
+    tome_ratio: float = 0.0
     strength: float = 0.6
     height: int | None = None
     width: int | None = None
@@ -62,7 +67,7 @@ class Generated(NamedTuple):
 
     Args:
         image_HxWx3: what the device shows, in [0, 1].
-        reference_HxWx3: T = 12, same seed and guidance, nothing merged, perfect channel.
+        reference_HxWx3: T = 12, same seed and guidance, nothing merged, perfect channel, undistilled decoder.
         tokens: N - R, sent.
         payload_bits: of the message, side information included.
         mse: between both pictures.
@@ -85,9 +90,14 @@ def check(request: Request, pipeline: Pipeline) -> None:
     """
     if request.rules not in get_args(FeatureRules):
         raise MegError(f"rules {request.rules!r}: choose from {', '.join(get_args(FeatureRules))}")
+    if request.sampler not in (None, *get_args(Sampler)):
+        raise MegError(f"sampler {request.sampler!r}: choose from {', '.join(get_args(Sampler))}")
+    fewest = WINDOWS if unet_params(pipeline, request.sampler)[1] == "perflow" else 1
     longest = len(pipeline.schedule.abar)
-    if not 1 <= request.steps <= longest:
-        raise MegError(f"steps {request.steps}: from 1 to {longest} are allowed")
+    if not fewest <= request.steps <= longest:
+        raise MegError(f"steps {request.steps}: from {fewest} to {longest} are allowed")
+    if not 0 <= request.tome_ratio <= 0.75:
+        raise MegError(f"tome_ratio {request.tome_ratio}: from 0 to 0.75 are allowed")
     limit = MAX_RATIO[request.rules]
     if not 0 <= request.ratio <= limit:
         raise MegError(f"ratio {request.ratio}: from 0 to {limit} are allowed")
@@ -154,17 +164,30 @@ def generate(
         start = encode(pipeline, params["vae_encoder"], jnp.asarray(init_image_HxWx3, jnp.float32)[None])
         strength = request.strength
 
-    def latents(steps: int) -> jax.Array:
+    def latents(steps: int, tome_ratio: float) -> jax.Array:
         on_stage(f"U-Net, {steps} steps")
-        guidance = request.guidance
-        return denoise(pipeline, params["unet"], noise, prompt, empty, steps, guidance, start, strength)
+        return denoise(
+            pipeline,
+            unet,
+            noise,
+            prompt,
+            empty,
+            steps,
+            request.guidance,
+            start,
+            strength,
+            sampler=sampler,
+            tome_ratio=tome_ratio,
+        )
 
-    z = latents(request.steps)
+    unet, sampler = unet_params(pipeline, request.sampler)
+    z = latents(request.steps, request.tome_ratio)
     on_stage("channel")
     received = send(key_link, z, request.ratio, request.psnr_db, rules=request.rules)
     on_stage("VAE decoder")
-    image = decode(pipeline, params["vae_decoder"], received.z_BxHxWxC)
-    reference_z = z if request.steps == REFERENCE_STEPS else latents(REFERENCE_STEPS)
+    image = decode(pipeline, pipeline.device_decoder, received.z_BxHxWxC)
+    same = request.steps == REFERENCE_STEPS and not request.tome_ratio
+    reference_z = z if same else latents(REFERENCE_STEPS, 0.0)
     on_stage("reference")
     reference = decode(pipeline, params["vae_decoder"], reference_z)
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 EMBEDDED = {"tiny": Path(__file__).parent.parent / "assets" / "tiny"}
 """Backbones that ship with the package."""
 
+STUDENT, DECODERS = "unet_student", "decoders"
+"""Folders of a distilled backbone, beside diffusers' own: PyTorch diffusers passes over them."""
+
 Progress = Callable[[str], None]
 
 
@@ -44,7 +47,9 @@ class Pipeline:
         unet: the denoiser.
         vae_encoder: for image-to-image.
         vae_decoder: the device's half.
-        params: by name: `text_encoder`, `text_encoder_2`, `unet`, `vae_encoder`, `vae_decoder`.
+        params: by name: `text_encoder`, `text_encoder_2`, `unet`, `vae_encoder`, `vae_decoder`. A distilled
+            backbone also has `student`, the few-step U-Net, and `decoders`, a dict of the distilled decoders
+            by name (`meg`, `split_finetune`, ...), of `unet`'s and `vae_decoder`'s networks.
         tokenizers: one for each text encoder.
         schedule: the noise schedule.
     """
@@ -54,7 +59,7 @@ class Pipeline:
     unet: Network
     vae_encoder: Network
     vae_decoder: Network
-    params: dict[str, Params]
+    params: dict[str, Any]
     tokenizers: tuple[CLIPTokenizer, ...]
     schedule: Schedule
 
@@ -62,6 +67,11 @@ class Pipeline:
     def image_size(self) -> int:
         """Side of the pictures it was made for; pixels."""
         return self.unet.config.sample_size * self.vae_decoder.config.downsampling
+
+    @property
+    def device_decoder(self) -> Params:
+        """Parameters of the decoder that the device runs: the distilled one, if there is one."""
+        return self.params.get("decoders", {}).get("meg", self.params["vae_decoder"])
 
     @property
     def networks(self) -> dict[str, Network]:
@@ -115,6 +125,11 @@ def load_pipeline(
         name: {key: both[key] for key in network.shapes}
         for name, network in {"vae_encoder": encoder, "vae_decoder": decoder}.items()
     }
+    if (folder.path / STUDENT).is_dir():
+        params["student"] = read(STUDENT, networks["unet"].shapes)
+    if (folder.path / DECODERS).is_dir():
+        names = sorted(part.name for part in (folder.path / DECODERS).iterdir() if part.is_dir())
+        params["decoders"] = {name: read(f"{DECODERS}/{name}", decoder.shapes) for name in names}
     return Pipeline(
         name=str(model),
         text_encoders=(networks["text_encoder"], networks["text_encoder_2"]),

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from megjax import merging
-from megjax.diffusion import Conditioning, ddim, ddim_timesteps, encode_text, guided, noised
+from megjax.diffusion import (
+    Conditioning,
+    conditioned,
+    ddim,
+    ddim_timesteps,
+    encode_text,
+    guided,
+    noised,
+    perflow,
+    perflow_timesteps,
+)
+from megjax.diffusion.perflow import WINDOWS
 from megjax.link.features import FeatureRules, transmit
 from megjax.models import Params
 from megjax.pipeline.load import Pipeline
+
+Sampler = Literal["ddim", "perflow"]
+"""How the U-Net's predictions become a latent: a teacher's by DDIM, a student's by Eq. (11)."""
 
 
 class Received(NamedTuple):
@@ -44,17 +58,20 @@ def condition(
     return encode_text(pipeline.text_encoders, text_params, (ids_2xBxL[0], ids_2xBxL[1]), size)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("sampler", "tome_ratio"))
 def denoise(
     pipeline: Pipeline,
     params: Params,
     noise_BxHxWxC: Float[Array, "B H W C"],
     prompt: Conditioning,
-    empty: Conditioning,
+    empty: Conditioning | None,
     steps: Int[Array, ""] | int,
     guidance: Float[Array, ""] | float,
     start_BxHxWxC: Float[Array, "B H W C"],
     strength: Float[Array, ""] | float,
+    *,
+    sampler: Sampler = "ddim",
+    tome_ratio: float = 0.0,
 ) -> Float[Array, "B H W C"]:
     """Run the U-Net's T steps on the edge server; one executable for every T, guidance and strength.
 
@@ -63,20 +80,43 @@ def denoise(
         params: of the U-Net.
         noise_BxHxWxC: unit Gaussian noise.
         prompt: conditioning of the prompts.
-        empty: conditioning of the empty or negative prompts.
-        steps: T, traced.
-        guidance: of classifier-free guidance, traced.
+        empty: conditioning of the empty or negative prompts; None is guidance 1, one U-Net call a step.
+        steps: T, traced; `perflow` takes fewer than its windows as so many.
+        guidance: of classifier-free guidance, traced; not read where `empty` is None.
         start_BxHxWxC: latents of a picture to start from (SDEdit); any at strength 1.
         strength: share of the steps that is run, traced; 1 starts from pure noise.
+        sampler: `ddim` for a teacher's parameters, `perflow` for a student's.
+        tome_ratio: of the tokens merged inside every self-attention (ToMe, spec section 5); static.
     """
+    schedule = pipeline.schedule
     steps = jnp.asarray(steps, jnp.int32)
+    if sampler == "perflow":
+        steps = jnp.maximum(steps, WINDOWS)
     # As diffusers does: int(T s) of the T steps; the small term keeps 10 x 0.3 from being 2.9999.
     run = jnp.clip(jnp.floor(steps * strength + 1e-4).astype(jnp.int32), 1, steps)
     first = steps - run
-    t, _ = ddim_timesteps(pipeline.schedule, steps, first)
-    partly = noised(pipeline.schedule, start_BxHxWxC, noise_BxHxWxC, jnp.full(len(noise_BxHxWxC), t))
+    if sampler == "perflow":
+        t = perflow_timesteps(schedule, steps, first)[0] - 1
+    else:
+        t, _ = ddim_timesteps(schedule, steps, first)
+    partly = noised(schedule, start_BxHxWxC, noise_BxHxWxC, jnp.full(len(noise_BxHxWxC), t))
     z = jnp.where(jnp.asarray(strength) >= 1.0, noise_BxHxWxC, partly)
-    return ddim(guided(pipeline.unet, params, prompt, empty, guidance), z, pipeline.schedule, steps, first)
+    _, height, width, _ = noise_BxHxWxC.shape
+    token_merge = merging.tome(tome_ratio, (height, width)) if tome_ratio else None
+    if empty is None:
+        predict = conditioned(pipeline.unet, params, prompt, token_merge)
+    else:
+        predict = guided(pipeline.unet, params, prompt, empty, guidance, token_merge)
+    solve = perflow if sampler == "perflow" else ddim
+    return solve(predict, z, schedule, steps, first)
+
+
+def unet_params(pipeline: Pipeline, sampler: Sampler | None = None) -> tuple[Params, Sampler]:
+    """The U-Net's parameters that a sampler reads; None takes the few-step student where there is one."""
+    if sampler is None:
+        sampler = "perflow" if "student" in pipeline.params else "ddim"
+    teacher = pipeline.params["unet"]
+    return (pipeline.params.get("student", teacher) if sampler == "perflow" else teacher), sampler
 
 
 @functools.partial(jax.jit, static_argnames=("rules",))

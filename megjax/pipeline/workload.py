@@ -9,16 +9,18 @@ import jax.numpy as jnp
 
 from megjax import flops
 from megjax.link.cost import Workload
+from megjax.merging import tome
 from megjax.pipeline.load import Pipeline
 
 
 @functools.lru_cache(maxsize=32)
-def workload(pipeline: Pipeline, size: tuple[int, int]) -> Workload:
+def workload(pipeline: Pipeline, size: tuple[int, int], tome_ratio: float = 0.0) -> Workload:
     """Count the FLOPs of one picture's text encoders, U-Net call, VAE encoder and decoder (spec section 2).
 
     Args:
         pipeline: whose programs are lowered and counted.
         size: height and width of the picture; pixels.
+        tome_ratio: of the tokens merged inside the U-Net's self-attention.
     """
     vae, unet = pipeline.vae_decoder.config, pipeline.unet.config
     height, width = (n // vae.downsampling for n in size)
@@ -31,8 +33,9 @@ def workload(pipeline: Pipeline, size: tuple[int, int]) -> Workload:
         flops.count(encoder, encoder.shapes, array(1, length, dtype=jnp.int32)).flops
         for encoder in pipeline.text_encoders
     )
+    token_merge = tome(tome_ratio, (height, width)) if tome_ratio else None
     call = flops.count(
-        pipeline.unet,
+        lambda *args: pipeline.unet(*args, token_merge),
         pipeline.unet.shapes,
         array(1, height, width, unet.in_channels),
         array(1),

@@ -1,0 +1,1 @@
+"""Offline distillation: the few-step diffuser and the decoders that undo merging and noise."""

@@ -1,0 +1,109 @@
+"""Distilling the device's decoder: it learns to undo merging, pruning and noise, Eq. (21)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from megjax.distill.pruning import gate, gate_kl, kept_count, send_pruned, strongest
+from megjax.link.channel import from_db
+from megjax.link.features import FeatureRules
+from megjax.models import Network, Params
+from megjax.pipeline.split import send
+from megjax.training.step import Loss, Metrics
+
+Degrade: TypeAlias = Callable[
+    [Params, Key[Array, ""], Float[Array, "H W C"], Float[Array, ""], Float[Array, ""]],
+    tuple[Float[Array, "H W C"], Float[Array, ""]],
+]
+"""(params, key, z, ratio, psnr_db) -> (what the device receives, a penalty), of one picture."""
+
+
+class Latents(NamedTuple):
+    """What the decoder learns from, computed once.
+
+    Args:
+        z_NxTxHxWxC: each prompt's latents after every number of steps.
+        picture_NxHxWx3: the picture of the longest run through the frozen decoder, in [0, 1].
+    """
+
+    z_NxTxHxWxC: Float[Array, "N T H W C"]
+    picture_NxHxWx3: Float[Array, "N h w 3"]
+
+
+class Ranges(NamedTuple):
+    """What is drawn per sample, uniformly: the ratio and the features' PSNR."""
+
+    ratio: tuple[float, float] = (0.0, 1.0)
+    psnr_db: tuple[float, float] = (5.0, 20.0)
+
+
+def merged(rules: FeatureRules = "default") -> Degrade:
+    """MEG: merge, transmit and un-merge, Eqs. (15)-(19). At ratio 0 it is MEG-Split-Finetune's channel."""
+
+    def degrade(params: Params, key: Array, z: Array, ratio: Array, psnr_db: Array) -> tuple[Array, Array]:
+        del params
+        return send(key, z[None], ratio, psnr_db, rules=rules).z_BxHxWxC[0], jnp.zeros(())
+
+    return degrade
+
+
+def magnitude_pruned(
+    params: Params, key: Array, z: Array, ratio: Array, psnr_db: Array
+) -> tuple[Array, Array]:
+    """Send a latent's largest scalars; their index map is charged where bits are compared."""
+    del params
+    x = z.reshape(-1)
+    kept = strongest(jnp.abs(x), kept_count(ratio, x.size))
+    return send_pruned(key, x, kept, psnr_db).reshape(z.shape), jnp.zeros(())
+
+
+def gated(kl_weight: float) -> Degrade:
+    """MEG-Pruning (spec section 9): y = gamma(sigma) z + noise, the least open scalars not sent.
+
+    Args:
+        kl_weight: beta, times the KL divergence summed over a latent.
+    """
+
+    def degrade(params: Params, key: Array, z: Array, ratio: Array, psnr_db: Array) -> tuple[Array, Array]:
+        x = z.reshape(-1)
+        gamma = gate(params["gate"], psnr_db)
+        kept = strongest(jax.lax.stop_gradient(gamma), kept_count(ratio, x.size))
+        penalty = kl_weight * jnp.sum(gate_kl(gamma, x, from_db(-psnr_db / 2.0)))
+        return send_pruned(key, gamma * x, kept, psnr_db).reshape(z.shape), penalty
+
+    return degrade
+
+
+def decoder_distillation_loss(decoder: Network, degrade: Degrade, ranges: Ranges, batch: int) -> Loss:
+    """Eq. (21): || y_ref - D_phi(received(z_T, r, noise)) ||^2, with T, r and the noise drawn per sample.
+
+    Args:
+        decoder: of parameters `params["decoder"]`.
+        degrade: what happens on the air; reads the other parameters.
+        ranges: of ratio and PSNR.
+        batch: samples a step, drawn from the data with replacement.
+
+    Returns:
+        A loss over `Latents`; the mean squared error of pixels in [0, 1] is among its metrics.
+    """
+
+    def loss(params: Any, key: Key[Array, ""], data: Latents) -> tuple[Float[Array, ""], Metrics]:
+        key_row, key_steps, key_ratio, key_psnr, key_air = jax.random.split(key, 5)
+        prompts, steps = data.z_NxTxHxWxC.shape[:2]
+        row_B = jax.random.randint(key_row, (batch,), 0, prompts)
+        step_B = jax.random.randint(key_steps, (batch,), 0, steps)
+        ratio_B = jax.random.uniform(key_ratio, (batch,), minval=ranges.ratio[0], maxval=ranges.ratio[1])
+        psnr_B = jax.random.uniform(key_psnr, (batch,), minval=ranges.psnr_db[0], maxval=ranges.psnr_db[1])
+        z = data.z_NxTxHxWxC[row_B, step_B].astype(jnp.float32)
+        air = jax.vmap(degrade, in_axes=(None, 0, 0, 0, 0))
+        received, penalty_B = air(params, jax.random.split(key_air, batch), z, ratio_B, psnr_B)
+        picture = data.picture_NxHxWx3[row_B].astype(jnp.float32)
+        mse = jnp.mean(jnp.square(decoder(params["decoder"], received) - picture))
+        return mse + jnp.mean(penalty_B), {"mse": mse}
+
+    return loss

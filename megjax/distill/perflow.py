@@ -1,0 +1,259 @@
+"""Distilling a U-Net by piecewise rectified flow: window targets and loss, Eqs. (10)-(12)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from megjax.diffusion import Conditioning, Schedule, conditioned, guided
+from megjax.diffusion.ddim import Denoise
+from megjax.diffusion.guidance import UNetCall
+from megjax.diffusion.perflow import WINDOWS, Parametrisation, signal_power, window_edges, window_gains
+from megjax.models import Params
+from megjax.training.step import Loss, Metrics
+
+GRID = 200
+"""Training times lie on a grid of this many: t = 1 - floor(200 u) / 200."""
+
+
+class Target(NamedTuple):
+    """What the student learns at one time of each latent's trajectory.
+
+    Args:
+        z_BxHxWxC: z_t, on the chord of its window.
+        t_B: timesteps, 1000 t.
+        target_BxHxWxC: what the student should predict there.
+    """
+
+    z_BxHxWxC: Float[Array, "B H W C"]
+    t_B: Int[Array, B]
+    target_BxHxWxC: Float[Array, "B H W C"]
+
+
+class Pairs(NamedTuple):
+    """Both ends of windows of the teacher's trajectories.
+
+    Args:
+        z_s_BxHxWxC: at the noisy end, Eq. (10).
+        z_e_BxHxWxC: where the teacher's solver takes it.
+        start_B: s, timesteps.
+        end_B: e, timesteps.
+    """
+
+    z_s_BxHxWxC: Float[Array, "B H W C"]
+    z_e_BxHxWxC: Float[Array, "B H W C"]
+    start_B: Int[Array, B]
+    end_B: Int[Array, B]
+
+
+class Batch(NamedTuple):
+    """What a step of `perflow_loss` reads.
+
+    Args:
+        teacher: the frozen U-Net's parameters.
+        z0_BxHxWxC: normalised latents.
+        prompt: their captions' conditioning.
+        empty: the empty prompt's.
+    """
+
+    teacher: Params
+    z0_BxHxWxC: Float[Array, "B H W C"]
+    prompt: Conditioning
+    empty: Conditioning
+
+
+def draw_times(
+    key: Key[Array, ""], batch: int, sched: Schedule, windows: int = WINDOWS
+) -> tuple[Int[Array, B], Int[Array, B], Int[Array, B]]:
+    """t = 1 - floor(200 u)/200 with u ~ U[0, 1), and its window (e, s], all as whole timesteps (t, s, e)."""
+    S = len(sched.abar)
+    t_B = S - jnp.floor(GRID * jax.random.uniform(key, (batch,))).astype(jnp.int32) * S // GRID
+    return t_B, *window_edges(sched, t_B, windows)
+
+
+def solve_window(
+    teacher: Denoise,
+    z_s_BxHxWxC: Float[Array, "B H W C"],
+    start_B: Int[Array, B],
+    end_B: Int[Array, B],
+    sched: Schedule,
+    solver_steps: int = 10,
+) -> Float[Array, "B H W C"]:
+    """The teacher's z_e: DDIM from s to e in S even steps of timestep indices, from 1000 s - 1.
+
+    Args:
+        teacher: the frozen noise predictor, guidance included.
+        z_s_BxHxWxC: latents at each window's start.
+        start_B: s, timesteps.
+        end_B: e, timesteps.
+        sched: the schedule.
+        solver_steps: S.
+    """
+    stride_B = (start_B - end_B) // solver_steps
+
+    def body(i: Array, z: Array) -> Array:
+        t_B = start_B - 1 - i * stride_B
+        # The last step ends at e whatever the stride's rounding, and at abar[0] for e = 0.
+        next_B = jnp.where(i + 1 < solver_steps, t_B - stride_B, jnp.maximum(end_B - 1, 0))
+        abar, abar_next = (sched.abar[index][:, None, None, None] for index in (t_B, next_B))
+        eps = teacher(z, t_B)
+        z0 = (z - jnp.sqrt(1 - abar) * eps) / jnp.sqrt(abar)
+        return jnp.sqrt(abar_next) * z0 + jnp.sqrt(1 - abar_next) * eps
+
+    return jax.lax.fori_loop(0, solver_steps, body, z_s_BxHxWxC)
+
+
+def draw_pairs(
+    key: Key[Array, ""],
+    z0_BxHxWxC: Float[Array, "B H W C"],
+    teacher: Denoise,
+    sched: Schedule,
+    start_B: Int[Array, B],
+    end_B: Int[Array, B],
+    solver_steps: int = 10,
+) -> Pairs:
+    """Noise latents to each window's start, Eq. (10), and let the teacher solve to its end."""
+    abar_s = signal_power(sched, start_B)[:, None, None, None]
+    noise = jax.random.normal(key, z0_BxHxWxC.shape)
+    z_s = jnp.sqrt(abar_s) * z0_BxHxWxC + jnp.sqrt(1 - abar_s) * noise
+    return Pairs(z_s, solve_window(teacher, z_s, start_B, end_B, sched, solver_steps), start_B, end_B)
+
+
+def chord_target(
+    pairs: Pairs, t_B: Int[Array, B], sched: Schedule, kind: Parametrisation = "ddim_eps"
+) -> Target:
+    """z_t on the chord, z_s + (z_e - z_s)(t - s)/(e - s), and the student's target there, Eq. (12).
+
+    The target is the same along a whole chord: eps* = (z_e - lam_s z_s)/eta_s, or the chord's slope.
+
+    Args:
+        pairs: both ends.
+        t_B: timesteps inside each pair's window, e excluded.
+        sched: the schedule.
+        kind: what the student predicts.
+    """
+    z_s, z_e, start_B, end_B = pairs
+    share = ((t_B - start_B) / (end_B - start_B))[:, None, None, None]
+    z_t = z_s + (z_e - z_s) * share
+    if kind == "velocity":
+        width = ((end_B - start_B) / len(sched.abar))[:, None, None, None]
+        return Target(z_t, t_B, (z_e - z_s) / width)
+    lam, eta = (gain[:, None, None, None] for gain in window_gains(sched, start_B, end_B, kind))
+    return Target(z_t, t_B, (z_e - lam * z_s) / eta)
+
+
+def window_target(
+    key: Key[Array, ""],
+    z0_BxHxWxC: Float[Array, "B H W C"],
+    teacher: Denoise,
+    sched: Schedule,
+    *,
+    windows: int = WINDOWS,
+    solver_steps: int = 10,
+    kind: Parametrisation = "ddim_eps",
+) -> Target:
+    """Draw times, solve their windows with the teacher and return the student's targets, Eqs. (10), (12).
+
+    Args:
+        key: of the times and the noise.
+        z0_BxHxWxC: normalised latents.
+        teacher: the frozen noise predictor, with its full text and guidance.
+        sched: the schedule.
+        windows: K.
+        solver_steps: S of the teacher's solver inside a window.
+        kind: what the student predicts.
+    """
+    key_t, key_noise = jax.random.split(key)
+    t_B, start_B, end_B = draw_times(key_t, len(z0_BxHxWxC), sched, windows)
+    pairs = draw_pairs(key_noise, z0_BxHxWxC, teacher, sched, start_B, end_B, solver_steps)
+    return chord_target(jax.lax.stop_gradient(pairs), t_B, sched, kind)
+
+
+def regression(
+    prediction_BxHxWxC: Float[Array, "B H W C"],
+    target_BxHxWxC: Float[Array, "B H W C"],
+    huber: float | None = None,
+) -> Float[Array, B]:
+    """Each latent's mean squared error in float32, or its mean Huber loss of width `huber`."""
+    error = prediction_BxHxWxC.astype(jnp.float32) - target_BxHxWxC.astype(jnp.float32)
+    loss = jnp.square(error) if huber is None else 2.0 * optax.losses.huber_loss(error, delta=huber)
+    return jnp.mean(loss, axis=(1, 2, 3))
+
+
+def drop_text(
+    key: Key[Array, ""], prompt: Conditioning, empty: Conditioning, rate: float
+) -> tuple[Conditioning, Array]:
+    """Replace captions by the empty prompt with probability `rate`; also returns which were."""
+    dropped_B = jax.random.bernoulli(key, rate, (len(prompt.pooled_BxP),))
+
+    def choose(full: Array, none: Array) -> Array:
+        return jnp.where(dropped_B.reshape(-1, *(1,) * (full.ndim - 1)), none, full)
+
+    return jax.tree.map(choose, prompt, empty), dropped_B
+
+
+def perflow_loss(
+    unet: UNetCall,
+    sched: Schedule,
+    *,
+    guidance: float = 7.5,
+    windows: int = WINDOWS,
+    solver_steps: int = 10,
+    kind: Parametrisation = "ddim_eps",
+    text_drop: float = 0.1,
+    huber: float | None = None,
+    teacher_unet: UNetCall | None = None,
+) -> Loss:
+    """Eq. (12): the student at z_t against the teacher's chord; the teacher always has the full text and CFG.
+
+    Args:
+        unet: the student's graph, and the teacher's.
+        sched: the schedule.
+        guidance: of the teacher's solver.
+        windows: K.
+        solver_steps: S.
+        kind: what the student predicts.
+        text_drop: probability of the empty prompt.
+        huber: width of the Huber loss; None is the squared error.
+        teacher_unet: the teacher's graph where its options differ (no rematerialisation, say).
+
+    Returns:
+        A loss over `Batch`, with `window_k` (k = 0 is the noisiest) among its metrics: each window's own
+        mean, the teacher-consistency error; 0 where a batch has none of its times.
+    """
+
+    def loss(params: Any, key: Key[Array, ""], batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+        key_target, key_drop = jax.random.split(key)
+        teacher = guided(teacher_unet or unet, batch.teacher, batch.prompt, batch.empty, guidance)
+        target = window_target(
+            key_target,
+            batch.z0_BxHxWxC.astype(jnp.float32),
+            teacher,
+            sched,
+            windows=windows,
+            solver_steps=solver_steps,
+            kind=kind,
+        )
+        prompt, _ = drop_text(key_drop, batch.prompt, batch.empty, text_drop)
+        output = conditioned(unet, params, prompt)(target.z_BxHxWxC, target.t_B)
+        error_B = regression(output, target.target_BxHxWxC, huber)
+        return jnp.mean(error_B), window_metrics(error_B, target.t_B, sched, windows)
+
+    return loss
+
+
+def window_metrics(
+    error_B: Float[Array, B], t_B: Int[Array, B], sched: Schedule, windows: int = WINDOWS
+) -> Metrics:
+    """Mean error of each window, the noisiest first."""
+    start_B, _ = window_edges(sched, t_B, windows)
+    number_B = windows - start_B * windows // len(sched.abar)
+    metrics = {}
+    for k in range(windows):
+        mine_B = number_B == k
+        metrics[f"window_{k}"] = jnp.sum(jnp.where(mine_B, error_B, 0.0)) / jnp.maximum(mine_B.sum(), 1)
+    return metrics
