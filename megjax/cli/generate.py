@@ -124,6 +124,7 @@ def generate_command(args: tyro.conf.OmitArgPrefixes[Generate]) -> None:
         params = channel.DEFAULT_LINK
         snr = channel.snr(args.distance_m) if args.snr_db is None else channel.from_db(args.snr_db)
         rate_bps = channel.rate_bps(snr, params)
+        work = workload(pipeline, size, args.tome_ratio)
         cost = frame_cost(
             profiles.compute(
                 profile, workload(pipeline, size, args.tome_ratio), image_to_image=start is not None
