@@ -28,7 +28,8 @@ def draw_curves(folder: Path, names: tuple[str, ...], output: Path) -> None:
         path = folder / f"{name}.jsonl"
         if not path.is_file():
             raise MegError(f"{path}: no such log; train this stage first")
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        records = [line for line in lines if "loss" in line]  # the others are events and evaluations
         axes.plot([r["step"] for r in records], [r["loss"] for r in records])
         axes.set(title=name, xlabel="step", ylabel="training loss", yscale="log")
         axes.grid(alpha=0.3)

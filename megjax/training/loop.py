@@ -1,22 +1,63 @@
-"""The loop around a training step: resume, progress, log, checkpoints."""
+"""The loop around a training step: resume, progress, logs, evaluation, checkpoints."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import shlex
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from jaxtyping import Array, Key
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megjax.training.step import Step, TrainState
+from megjax.errors import MegError
+from megjax.training.checkpoints import (
+    Position,
+    open_checkpoints,
+    require_room,
+    restore,
+    save,
+    save_failure,
+    seal,
+)
+from megjax.training.logs import Logs, Report, Work, open_logs
+from megjax.training.sharding import batch_sharding, replicated
+from megjax.training.step import Inputs, Step, TrainState
 
-Log = Callable[[dict[str, Any]], None]
+BAD_STEPS = 10
+"""So many steps in a row without a finite loss and gradient end a run."""
+
+BatchAt = Callable[[int], Any]
+"""The batch of a step number: a pure function, so that a resumed run is the same run."""
+
+Evaluate = Callable[[TrainState], Report]
+"""Called every so many steps, on every process: sample grids, errors on held-out data."""
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """An endless iterator over batches that can say where it stands, such as Grain's."""
+
+    def __next__(self) -> Any:
+        """The next batch."""
+        ...
+
+    def get_state(self) -> Any:
+        """Where it stands, in JSON's types."""
+        ...
+
+    def set_state(self, state: Any) -> None:
+        """Go there."""
+        ...
 
 
 def fit(
@@ -25,60 +66,209 @@ def fit(
     *,
     key: Key[Array, ""],
     steps: int,
-    batch_at: Callable[[int], Any],
     folder: Path,
     name: str,
+    batch_at: BatchAt | None = None,
+    batches: Batches | None = None,
+    frozen: Any = None,
+    mesh: Mesh | None = None,
     every: int = 100,
     checkpoint_every: int = 500,
+    keep: int = 2,
+    best: str = "loss",
+    evaluate: Evaluate | None = None,
+    evaluate_every: int = 0,
+    work: Work | None = None,
+    tensorboard: bool = False,
 ) -> TrainState:
-    """Train until `steps` updates are done, resuming from the newest checkpoint in `folder/name`.
+    """Train until `steps` updates are done, resuming from the newest whole checkpoint in `folder/name`.
+
+    A resumed run is the same run, bit for bit on the same devices. SIGTERM saves and exits with code 0.
 
     Args:
         step: the update, see `megjax.training.step.make_step`.
         state: the initial state; its structure and shardings are what a checkpoint is restored to.
-        key: the run's key; each step folds in its number, so that a resumed run is the same run.
+        key: the run's key; each step folds in its number.
         steps: updates in all.
-        batch_at: the batch of a step number: a pure function, for the same reason.
-        folder: holds `name/` (checkpoints) and `name.jsonl` (the log).
+        folder: holds `name/` (checkpoints), `name.jsonl` (the log) and `name-pictures/`.
         name: of the thing being trained.
+        batch_at: where batches come from; or
+        batches: the same as an iterator, whose position is part of the checkpoints.
+        frozen: parameters that the loss needs beside those that it trains: it is given `Inputs` then.
+        mesh: that the state lies on; each process then gives its part of a batch.
         every: steps between log lines.
         checkpoint_every: steps between checkpoints.
+        keep: the last so many checkpoints are kept, and the best.
+        best: name of the metric that is lowest in the best checkpoint; of the evaluation, or of training.
+        evaluate: looks at the state now and then.
+        evaluate_every: steps between evaluations; checkpoints should fall on the same steps.
+        work: what a step does, for the speed that is shown.
+        tensorboard: write for TensorBoard too.
 
     Returns:
         The final state.
+
+    Raises:
+        MegError: the folder cannot take the checkpoints; they are damaged, all of them, or another model's;
+            loss or gradient was not finite for 10 steps in a row.
     """
-    step = jax.jit(step, donate_argnums=0)
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    with ocp.CheckpointManager((folder / name).absolute(), options=options) as manager:
-        if (latest := manager.latest_step()) is not None:
-            state = manager.restore(latest, args=ocp.args.StandardRestore(state))
+    if (batch_at is None) == (batches is None):
+        raise MegError("fit: give one of batch_at and batches")
+    if jax.process_index() == 0:
+        require_room(folder / name, state, keep + 2)
+    with contextlib.ExitStack() as stack:
+        logs = stack.enter_context(open_logs(folder, name, steps, tensorboard=tensorboard))
+        manager = stack.enter_context(open_checkpoints(folder / name, logs.say, keep=keep, best=best))
+        asked_to_stop = stack.enter_context(_sigterm())
+        if mesh is not None:
+            stack.enter_context(jax.set_mesh(mesh))
+            key = jax.device_put(key, replicated(mesh))
+        position = Position()
+        if restored := restore(manager, state, logs.say, with_data=batches is not None):
+            state, position = restored
+            if batches is not None:
+                batches.set_state(position.data)
         first = int(state.step)
-        columns = (
-            TextColumn("[progress.description]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        log_path = folder / f"{name}.jsonl"
-        with Progress(*columns) as progress, log_path.open("a") as log:
-            task = progress.add_task(name, total=steps, completed=first, note="")
-            sums: dict[str, Any] = {}
-            count, since = 0, time.perf_counter()
-            for i in range(first, steps):
-                state, metrics = step(state, key, batch_at(i))
-                sums = {k: sums.get(k, 0.0) + v for k, v in metrics.items()}
-                count += 1
-                if (i + 1) % every == 0 or i + 1 == steps:
-                    means = {k: float(np.asarray(v)) / count for k, v in sums.items()}
-                    now = time.perf_counter()
-                    record = {"step": i + 1, **means, "steps_per_s": count / (now - since)}
-                    log.write(json.dumps(record) + "\n")
-                    log.flush()
-                    note = f"loss {means['loss']:.4g}, {record['steps_per_s']:.2f} steps/s"
-                    progress.update(task, completed=i + 1, note=note)
-                    sums, count, since = {}, 0, now
-                if (i + 1) % checkpoint_every == 0 or i + 1 == steps:
-                    manager.save(i + 1, args=ocp.args.StandardSave(state))
-        manager.wait_until_finished()
+        logs.rewind(first)
+        logs.progress(first, "")
+
+        update = _compiled(step, state, mesh)
+        window, means = _Window({}), {}
+        flags: deque[tuple[int, Any]] = deque()
+        saving = False
+        for i in range(first, steps):
+            local = batch_at(i) if batch_at is not None else next(batches)  # type: ignore[arg-type]
+            batch = _placed(local, mesh)
+            state, metrics = update(state, key, batch if frozen is None else Inputs(batch, frozen))
+            window = _added(window, metrics)
+            done, stop = i + 1, asked_to_stop(i + 1)
+            end = stop or done == steps
+            save_now = end or done % checkpoint_every == 0
+
+            flags.append((i, metrics.get("skipped", 0.0)))
+            # The flag of a step is read while the next one runs, unless something is wrong or is to be saved.
+            while len(flags) > (0 if position.in_a_row or save_now else 1):
+                position = _count(position, *flags.popleft(), logs)
+            if position.in_a_row >= BAD_STEPS:
+                _give_up(folder / f"{name}.failed", state, local, key)
+            if done % every == 0 or end:
+                window, means = _flushed(window, work or Work())
+                logs.record(done, means)
+                logs.progress(done, _note(means))
+            if evaluate is not None and (done == steps or (evaluate_every and done % evaluate_every == 0)):
+                report = evaluate(state)
+                logs.report(done, report)
+                means |= report.scalars
+                window = window._replace(since=None)  # not the steps' time
+            if saving and not manager.is_saving_in_progress():
+                seal(manager)
+                saving = False
+            if save_now:
+                position = position._replace(data=None if batches is None else batches.get_state())
+                save(manager, state, position, {k: float(v) for k, v in means.items()})
+                saving = True
+            if stop and done < steps:
+                manager.wait_until_finished()
+                seal(manager)
+                command = shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
+                logs.say(f"stopped at step {done} of {steps}, which is saved; to resume: {command}")
+                raise SystemExit(0)
     return state
+
+
+def _compiled(step: Step, state: TrainState, mesh: Mesh | None) -> Step:
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    # What comes out lies where it lay, whatever the compiler would prefer.
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+
+
+def _placed(batch: Any, mesh: Mesh | None) -> Any:
+    """This process's part of a batch as its part of the global arrays."""
+    if mesh is None:
+        return batch
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def _count(position: Position, step: int, skipped: Any, logs: Logs) -> Position:
+    if not float(np.asarray(skipped)):
+        return position._replace(in_a_row=0)
+    position = position._replace(skipped=position.skipped + 1, in_a_row=position.in_a_row + 1)
+    logs.say(
+        f"step {step}: loss or gradient is not finite; no update ({position.in_a_row} in a row, "
+        f"{position.skipped} in all)"
+    )
+    return position
+
+
+def _give_up(folder: Path, state: TrainState, batch: Any, key: Key[Array, ""]) -> NoReturn:
+    save_failure(folder, state, batch, key)
+    raise MegError(
+        f"step {int(state.step) - 1}: loss or gradient was not finite for {BAD_STEPS} steps in a row; the "
+        f"step's state, batch and key are in {folder}. Lower the learning rate, or look at the batch"
+    )
+
+
+class _Window(NamedTuple):
+    """What has been done since the last log line.
+
+    Args:
+        sums: of the metrics.
+        count: steps in `sums`.
+        timed: steps since `since`.
+        since: when the clock was started; None before the first step, which compiles, is done.
+    """
+
+    sums: dict[str, Any]
+    count: int = 0
+    timed: int = 0
+    since: float | None = None
+
+
+def _added(window: _Window, metrics: dict[str, Any]) -> _Window:
+    sums = {k: window.sums.get(k, 0.0) + v for k, v in metrics.items()}
+    if window.since is None:
+        jax.block_until_ready(sums)
+        return _Window(sums, window.count + 1, 0, time.perf_counter())
+    return window._replace(sums=sums, count=window.count + 1, timed=window.timed + 1)
+
+
+def _flushed(window: _Window, work: Work) -> tuple[_Window, dict[str, float]]:
+    """Return an empty window; the metrics' means over steps with an update, and the speed."""
+    sums = {k: float(np.asarray(v)) for k, v in window.sums.items()}
+    skipped = sums.pop("skipped", 0.0)
+    means = {k: v / max(window.count - skipped, 1) for k, v in sums.items()} | {"skipped": skipped}
+    now = time.perf_counter()
+    if window.timed and window.since is not None:
+        means |= work.speed(window.timed / (now - window.since))
+    return _Window({}, since=now), means
+
+
+def _note(means: dict[str, float]) -> str:
+    shown = {
+        "loss": "loss {:.4g}",
+        "steps_per_s": "{:.3g} steps/s",
+        "images_per_s": "{:.3g} images/s",
+        "flop_utilisation": "{:.1%} of peak FLOP/s",
+    }
+    return ", ".join(text.format(means[name]) for name, text in shown.items() if name in means)
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[Callable[[int], bool]]:
+    """Yield a function of the step number: was the run asked to end? All processes get the same answer."""
+    if jax.process_count() > 1:
+        # JAX's own service listens to the signal, and agrees on a step with the others.
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda _: False
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield lambda _: asked.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -10,10 +10,25 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from megjax.errors import MegError
+
 Metrics = dict[str, Float[Array, ""]]
 
 Loss = Callable[[PyTree, Key[Array, ""], Any], tuple[Float[Array, ""], Metrics]]
 """(params, key, batch) -> (loss, metrics); pure, so that it runs under jit, shard_map or pmap alike."""
+
+
+class Inputs(NamedTuple):
+    """A batch, and what its loss needs beside it but does not train.
+
+    Args:
+        data: leaves with the batch on their leading axis.
+        frozen: a teacher's parameters, say: arguments of the compiled step, not constants inside it.
+    """
+
+    data: PyTree
+    frozen: PyTree
+
 
 Step = Callable[["TrainState", Key[Array, ""], Any], tuple["TrainState", Metrics]]
 
@@ -22,7 +37,7 @@ class TrainState(NamedTuple):
     """All that a checkpoint holds.
 
     Args:
-        step: updates done so far.
+        step: steps done so far, skipped ones included.
         params: being trained.
         ema: their exponential moving average.
         opt_state: of the optax optimiser.
@@ -41,29 +56,99 @@ def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> Train
     )
 
 
-def make_step(loss: Loss, optimizer: optax.GradientTransformation, ema_decay: float) -> Step:
+def make_step(
+    loss: Loss, optimizer: optax.GradientTransformation, ema_decay: float, *, accumulate: int = 1
+) -> Step:
     """The update `(state, key, batch) -> (state, metrics)`; `key` is the run's, folded with the step here.
 
     The EMA's decay is min(ema_decay, (1 + n)/(10 + n)) (spec section 4): early averages forget the start.
+    A loss or gradient that is not finite changes nothing but the step number: metrics are zero then, and
+    `skipped` is 1.
+
+    Args:
+        loss: of a batch, or of `Inputs`.
+        optimizer: of the parameters.
+        ema_decay: of the average, once it has run for long.
+        accumulate: parts that a batch is cut into, one after the other; losses and gradients are averaged.
+            The step needs the memory of one part.
     """
+    value_and_grad = _in_parts(jax.value_and_grad(loss, has_aux=True), accumulate)
 
     def step(state: TrainState, key: Key[Array, ""], batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, key, batch)
+        (value, metrics), grads = value_and_grad(state.params, key, batch)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         n = state.step.astype(jnp.float32)
         decay = jnp.minimum(ema_decay, (1 + n) / (10 + n))
         ema = jax.tree.map(lambda e, p: e + (1 - decay).astype(e.dtype) * (p - e), state.ema, params)
-        metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **metrics}
-        return TrainState(state.step + 1, params, ema, opt_state), metrics
+        new, old = (params, ema, opt_state), (state.params, state.ema, state.opt_state)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+        metrics = {"loss": value, "grad_norm": norm, **metrics}
+        metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0.0), metrics)
+        return TrainState(state.step + 1, *kept), {**metrics, "skipped": 1.0 - finite}
 
     return step
 
 
+ValueAndGrad = Callable[[PyTree, Key[Array, ""], Any], tuple[tuple[Float[Array, ""], Metrics], PyTree]]
+
+
+def _in_parts(value_and_grad: ValueAndGrad, parts: int) -> ValueAndGrad:
+    """The mean over `parts` of a batch, computed one after the other."""
+    if parts == 1:
+        return value_and_grad
+
+    def split(x: Array) -> Array:
+        if x.shape[0] % parts:
+            raise MegError(f"batch of {x.shape[0]}: does not divide into {parts} parts to accumulate")
+        # Strided, so that on a mesh each part lies on all devices.
+        return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    def averaged(
+        params: PyTree, key: Key[Array, ""], batch: Any
+    ) -> tuple[tuple[Float[Array, ""], Metrics], PyTree]:
+        data = batch.data if isinstance(batch, Inputs) else batch
+
+        def one(i: Array, part: Any) -> Any:
+            part = batch._replace(data=part) if isinstance(batch, Inputs) else part
+            return value_and_grad(params, jax.random.fold_in(key, i), part)
+
+        data = jax.tree.map(split, data)
+        total = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, 0, jax.tree.map(lambda x: x[0], data)))
+        total, _ = jax.lax.scan(
+            lambda total, part: (jax.tree.map(jnp.add, total, one(*part)), None),
+            total,
+            (jnp.arange(parts), data),
+        )
+        return jax.tree.map(lambda x: x / parts, total)
+
+    return averaged
+
+
 def adamw(
-    learning_rate: float, steps: int, *, warmup: int, clip: float = 1.0, weight_decay: float = 0.01
+    learning_rate: float,
+    steps: int,
+    *,
+    warmup: int,
+    clip: float = 1.0,
+    weight_decay: float = 0.01,
+    decay: bool = True,
 ) -> optax.GradientTransformation:
-    """AdamW(0.9, 0.999) with clipping by the global norm, linear warm-up and cosine decay to zero."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, max(steps, warmup + 1))
+    """AdamW(0.9, 0.999) with clipping by the global norm and linear warm-up.
+
+    Args:
+        learning_rate: after the warm-up.
+        steps: in all.
+        warmup: steps of the warm-up.
+        clip: the gradients' largest global norm.
+        weight_decay: of AdamW.
+        decay: let the learning rate fall to zero by a cosine, else keep it.
+    """
+    if decay:
+        schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, max(steps, warmup + 1))
+    else:
+        schedule = optax.linear_schedule(0.0, learning_rate, warmup)
     return optax.chain(optax.clip_by_global_norm(clip), optax.adamw(schedule, weight_decay=weight_decay))
