@@ -142,25 +142,25 @@ def load_table(path: str | Path) -> Table:
 def decoded_mse(
     latents_PxTxHxWxC: Float[Array, "P T H W C"],
     reference_PxYxXx3: Float[Array, "P Y X 3"],
-    first_steps: int,
+    steps: Axis,
     receive: Callable[[PRNGKeyArray, Array, Array, Array], Array],
     decode: Callable[[Array], Array],
 ) -> QualitySource:
     """Return the live decoder as a source: it draws a picture, sends its latent and decodes what arrives.
 
     Args:
-        latents_PxTxHxWxC: of each picture after `first_steps`, `first_steps` + 1, ... denoising steps.
+        latents_PxTxHxWxC: of each picture after each of `steps` denoising steps.
         reference_PxYxXx3: the picture that each is compared with.
-        first_steps: T of the first latent.
+        steps: T of each latent; the nearest is sent.
         receive: (key, latents [1, H, W, C], ratio, psnr_db) -> what the device un-merges.
         decode: latents [1, H, W, C] -> pictures [1, Y, X, 3].
     """
-    pictures, counts = latents_PxTxHxWxC.shape[:2]
+    pictures, axis = len(latents_PxTxHxWxC), np.asarray(steps, float)
 
     def mse(key: PRNGKeyArray, steps: Array, ratio: Array, psnr_db: Array) -> Array:
         picture_key, link_key = jax.random.split(key)
         picture = jax.random.randint(picture_key, (), 0, pictures)
-        index = jnp.clip(steps.astype(jnp.int32) - first_steps, 0, counts - 1)
+        index = jnp.argmin(jnp.abs(jnp.asarray(axis, steps.dtype) - steps))
         shown = decode(receive(link_key, latents_PxTxHxWxC[picture, index][None], ratio, psnr_db))[0]
         return jnp.mean((shown - reference_PxYxXx3[picture]) ** 2).astype(steps.dtype)
 

@@ -1,0 +1,163 @@
+"""`python -m eval.quality_table tiny`: a backbone's quality as a table, for training policies on it.
+
+Pictures of fresh captions are denoised with every number of steps, sent at every ratio and PSNR, and decoded
+by the device's decoder; the MSE against the clean reference (12 steps, nothing merged, perfect channel, the
+undistilled decoder) goes into one .npz, which `megjax.rl.quality.load_table` reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jaxtyping import Array, Float, PRNGKeyArray
+from rich.progress import track
+
+from megjax.data.grammar import captions
+from megjax.data.scenes import sample_scenes
+from megjax.errors import MegError
+from megjax.link.features import FeatureRules
+from megjax.pipeline import Pipeline, load_pipeline
+from megjax.pipeline.generate import REFERENCE_STEPS
+from megjax.pipeline.split import condition, decode, denoise, send, unet_params
+from megjax.rl.quality import QualitySource, Table, decoded_mse, make_table, save_table
+from megjax.text import tokenize
+
+
+@dataclasses.dataclass(frozen=True)
+class QualityTableConfig:
+    """What to measure."""
+
+    model: str = "tiny"
+    """An embedded backbone, or a folder in diffusers layout."""
+    pictures: int = 48
+    """Fresh captions of scenes, one picture each."""
+    steps: tuple[int, ...] = tuple(range(4, 13))
+    ratios: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.875, 0.9375)
+    psnrs_db: tuple[float, ...] = (5.0, 10.0, 15.0, 20.0)
+    draws: int = 2
+    """Of the partition and the noise for each entry; their log MSEs are averaged."""
+    guidance: float = 2.5
+    tome_ratio: float = 0.5
+    """Of the tokens merged in the U-Net's self-attention; the reference has none."""
+    rules: FeatureRules = "default"
+    seed: int = 2024
+    output: Path = Path("quality.npz")
+
+
+class Pictures(NamedTuple):
+    """What is sent, and what it is compared with."""
+
+    latents_TxPxHxWxC: Float[Array, "T P H W C"]
+    reference_PxYxXx3: Float[Array, "P Y X 3"]
+
+
+def pictures(pipeline: Pipeline, config: QualityTableConfig) -> Pictures:
+    """Denoise every picture with every number of steps: one executable, one batch of pictures at a time."""
+    key_scenes, key_noise = jax.random.split(jax.random.key(config.seed))
+    prompts = captions(sample_scenes(key_scenes, config.pictures, "all"))
+    size = (pipeline.image_size,) * 2
+    ids = (tokenize(pipeline.tokenizers, t, allow_empty=True) for t in (prompts, [""] * len(prompts)))
+    prompt, empty = (condition(pipeline, pipeline.params, jnp.asarray(i), size=size) for i in ids)
+    unet = pipeline.unet.config
+    noise = jax.random.normal(
+        key_noise, (config.pictures, unet.sample_size, unet.sample_size, unet.in_channels)
+    )
+    params, sampler = unet_params(pipeline)
+
+    def latents(steps: int, tome_ratio: float) -> Array:
+        zeros = jnp.zeros_like(noise)
+        arguments = (noise, prompt, empty, steps, config.guidance, zeros, 1.0)
+        return denoise(pipeline, params, *arguments, sampler=sampler, tome_ratio=tome_ratio)
+
+    reference = decode(pipeline, pipeline.params["vae_decoder"], latents(REFERENCE_STEPS, 0.0))
+    found = [latents(steps, config.tome_ratio) for steps in track(config.steps, "denoising")]
+    return Pictures(jnp.stack(found), reference)
+
+
+def measure(pipeline: Pipeline, config: QualityTableConfig) -> Table:
+    """Return the table of a backbone; the same pictures, partitions and noise for every entry."""
+    sent = pictures(pipeline, config)
+    levels = np.stack(np.meshgrid(config.ratios, config.psnrs_db, indexing="ij"), axis=-1).reshape(-1, 2)
+
+    @jax.jit
+    def log_mse(z_PxHxWxC: Array, key: PRNGKeyArray) -> Array:
+        """Return log MSE [ratio x PSNR, P] of one number of steps."""
+
+        def at(level: Array) -> Array:
+            received = send(key, z_PxHxWxC, level[0], level[1], rules=config.rules)
+            shown = decode(pipeline, pipeline.device_decoder, received.z_BxHxWxC)
+            return jnp.log(jnp.mean((shown - sent.reference_PxYxXx3) ** 2, axis=(1, 2, 3)))
+
+        return jax.lax.map(at, jnp.asarray(levels, jnp.float32))
+
+    keys = jax.random.split(jax.random.key(config.seed + 1), config.draws)
+    rows = [
+        np.mean([log_mse(z, key) for key in keys], axis=0) for z in track(sent.latents_TxPxHxWxC, "sending")
+    ]
+    shape = (len(config.steps), len(config.ratios), len(config.psnrs_db), config.pictures)
+    mse = np.exp(np.asarray(rows, float).reshape(shape)).transpose(3, 0, 1, 2)
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "output"}
+    about: dict[str, Any] = {"settings": settings, "sampler": unet_params(pipeline)[1]}
+    about["weights_sha256"] = weights_hash(pipeline)
+    return make_table(mse, config.steps, config.ratios, config.psnrs_db, about)
+
+
+def live(pipeline: Pipeline, config: QualityTableConfig) -> QualitySource:
+    """Return the same quality as a live source: the device's decoder runs inside the environment's step."""
+    sent = pictures(pipeline, config)
+
+    def receive(key: PRNGKeyArray, z: Array, ratio: Array, psnr_db: Array) -> Array:
+        return send(key, z, ratio, psnr_db, rules=config.rules).z_BxHxWxC
+
+    return decoded_mse(
+        jnp.swapaxes(sent.latents_TxPxHxWxC, 0, 1),
+        sent.reference_PxYxXx3,
+        config.steps,
+        receive,
+        lambda z: decode(pipeline, pipeline.device_decoder, z),
+    )
+
+
+def weights_hash(pipeline: Pipeline) -> str:
+    """Return a digest of every parameter: which backbone a table is of."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(pipeline.params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def summary(table: Table) -> str:
+    """Return the mean log MSE, as MSE, at each number of steps and ratio at the PSNR nearest to 10 dB."""
+    nearest = int(np.argmin(np.abs(table.psnrs_db - 10.0)))
+    mean = np.exp(table.log_mse_PxTxRxS[..., nearest].mean(axis=0))
+    lines = [f"MSE (geometric mean over pictures) at {table.psnrs_db[nearest]:g} dB; columns: ratio"]
+    lines.append("  T " + " ".join(f"{ratio:8.4g}" for ratio in table.ratios))
+    for steps, row in zip(table.steps, mean, strict=True):
+        lines.append(f"{int(steps):3d} " + " ".join(f"{mse:8.5f}" for mse in row))
+    return "\n".join(lines)
+
+
+def main(config: QualityTableConfig) -> None:
+    """Measure, save, print."""
+    table = measure(load_pipeline(config.model), config)
+    save_table(config.output, table)
+    print(summary(table))
+    print(f"written to {config.output}: {config.output.stat().st_size / 1e3:.0f} kB")
+
+
+if __name__ == "__main__":
+    from configs.quality_table import PRESETS
+
+    try:
+        main(tyro.extras.overridable_config_cli(PRESETS))
+    except MegError as error:
+        sys.exit(f"error: {error}")
