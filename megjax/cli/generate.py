@@ -5,26 +5,28 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from megjax.errors import MegError
 from megjax.link import channel, profiles
 from megjax.link.cost import FrameCost, frame_cost
-from megjax.link.features import FeatureRules
+from megjax.link.features import FeatureRules, psnr_from_snr
 from megjax.models import Options
-from megjax.pipeline import Generated, Pipeline, Request, check, generate, load_pipeline
+from megjax.pipeline import Generated, Request, check, generate, generate_each, load_pipeline
+from megjax.pipeline.generate import MAX_RATIO
 from megjax.pipeline.split import Sampler
 from megjax.pipeline.workload import workload
+from megjax.rl.policy import act, load_policy
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -76,6 +78,12 @@ class Generate:
     """From the server to the device; gives the link's rate."""
     snr_db: float | None = None
     """The link's signal-to-noise ratio, in place of the distance."""
+    tie_psnr: bool = False
+    """Let the features meet the link's signal-to-noise ratio, in place of `psnr_db`."""
+    policy: Path | None = None
+    """File of a policy that chooses steps and ratio for the link, from `python -m train.policy`."""
+    limits: tuple[float, float] | None = None
+    """Mean latency (s) and energy (kJ) that a policy conditioned on its limits is to keep."""
     profile: str = "paper"
     """Hardware profile: a name such as `a100`, or a JSON file that `python -m eval.profile` wrote."""
     rules: FeatureRules = "default"
@@ -87,12 +95,19 @@ class Generate:
 def generate_command(args: tyro.conf.OmitArgPrefixes[Generate]) -> None:
     """Generate a picture through the split and print what it cost."""
     output = _writable(args.output)
+    snr = _link_snr(args)
+    if args.policy is not None:
+        choice = act(load_policy(args.policy), float(channel.to_db(snr)), limits=args.limits)
+        ratio = min(choice.ratio, MAX_RATIO[args.rules])
+        args = dataclasses.replace(args, steps=choice.steps, ratio=ratio)
+    elif args.limits is not None:
+        raise MegError("limits: only a policy keeps them; give one with --policy")
     request = Request(
         args.prompt,
         negative_prompt=args.negative_prompt,
         steps=args.steps,
         ratio=args.ratio,
-        psnr_db=args.psnr_db,
+        psnr_db=float(psnr_from_snr(snr)) if args.tie_psnr else args.psnr_db,
         guidance=args.guidance,
         seed=args.seed,
         rules=args.rules,
@@ -104,7 +119,9 @@ def generate_command(args: tyro.conf.OmitArgPrefixes[Generate]) -> None:
     )
     profile = profiles.load(args.profile)
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    columns = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()]
+    if args.grid:
+        columns.insert(2, MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting", total=None)
 
@@ -117,25 +134,42 @@ def generate_command(args: tyro.conf.OmitArgPrefixes[Generate]) -> None:
         size = request.height or pipeline.image_size, request.width or pipeline.image_size
         start = None if args.init_image is None else _read_picture(args.init_image, size)
         if args.grid:
-            _save(output, _contact_sheet(pipeline, request, start, stage))
+            requests = [
+                dataclasses.replace(request, steps=steps, ratio=ratio)
+                for steps in GRID_STEPS
+                for ratio in GRID_RATIOS
+            ]
+            progress.update(task, total=len(requests))
+            results = []
+            for result in generate_each(pipeline, requests, start, on_stage=stage):
+                results.append(result)
+                progress.advance(task)
+            _save(output, _contact_sheet(requests, results))
             return
         result = generate(pipeline, request, start, on_stage=stage)
         stage("counting FLOPs")
-        params = channel.DEFAULT_LINK
-        snr = channel.snr(args.distance_m) if args.snr_db is None else channel.from_db(args.snr_db)
-        rate_bps = channel.rate_bps(snr, params)
         work = workload(pipeline, size, args.tome_ratio)
+        rate_bps = channel.rate_bps(snr)
         cost = frame_cost(
-            profiles.compute(
-                profile, workload(pipeline, size, args.tome_ratio), image_to_image=start is not None
-            ),
+            profiles.compute(profile, work, image_to_image=start is not None, tome=bool(args.tome_ratio)),
             args.steps,
             result.payload_bits,
             rate_bps,
-            float(channel.from_db(params.tx_power_dbm - 30.0)),
+            float(channel.from_db(channel.DEFAULT_LINK.tx_power_dbm - 30.0)),
         )
     _save(output, Image.fromarray(_to_uint8(result.image_HxWx3)))
     Console().print(_table(args, result, cost, float(rate_bps), output))
+
+
+def _link_snr(args: Generate) -> jax.Array:
+    """Return the link's linear signal-to-noise ratio."""
+    if args.snr_db is not None:
+        if not -100 <= args.snr_db <= 200:
+            raise MegError(f"snr_db {args.snr_db}: from -100 to 200 dB are allowed")
+        return channel.from_db(args.snr_db)
+    if not 1 <= args.distance_m <= 1e5:
+        raise MegError(f"distance_m {args.distance_m}: from 1 to 100000 m are allowed")
+    return channel.snr(args.distance_m)
 
 
 def _table(args: Generate, result: Generated, cost: FrameCost, rate_bps: float, output: Path) -> Table:
@@ -161,33 +195,24 @@ def _engineering(value: float, unit: str) -> str:
     return f"{value / 1000.0**thousand:.3g} {['n', 'µ', 'm', '', 'k'][thousand + 3]}{unit}"
 
 
-def _contact_sheet(
-    pipeline: Pipeline, request: Request, start: np.ndarray | None, stage: Callable[[str], None]
-) -> Image.Image:
-    """Pictures over steps (rows) and ratios (columns), each with its PSNR against the reference."""
+def _contact_sheet(requests: list[Request], results: list[Generated]) -> Image.Image:
+    """Draw pictures over steps (rows) and ratios (columns), each with its PSNR against the reference."""
     margin, label = 4, 14
-    results = []
-    for steps in GRID_STEPS:
-        for ratio in GRID_RATIOS:
-            each = dataclasses.replace(request, steps=steps, ratio=ratio)
-            results.append((f"T {steps}, r {ratio:g}", generate(pipeline, each, start, on_stage=stage)))
-    height, width = results[0][1].image_HxWx3.shape[:2]
+    height, width = results[0].image_HxWx3.shape[:2]
     # Small pictures would be smaller than their labels.
     zoom = max(1, 128 // width)
     height, width = height * zoom, width * zoom
-    sheet = Image.new(
-        "RGB",
-        (
-            len(GRID_RATIOS) * (width + margin) + margin,
-            len(GRID_STEPS) * (height + label + margin) + margin,
-        ),
-        "white",
+    size = (
+        len(GRID_RATIOS) * (width + margin) + margin,
+        len(GRID_STEPS) * (height + label + margin) + margin,
     )
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (name, result) in enumerate(results):
+    for i, (request, result) in enumerate(zip(requests, results, strict=True)):
         row, column = divmod(i, len(GRID_RATIOS))
         x, y = margin + column * (width + margin), margin + row * (height + label + margin)
-        draw.text((x, y), f"{name}, {result.psnr_db:.1f} dB", fill="black")
+        title = f"T {request.steps}, r {request.ratio:g}, {result.psnr_db:.1f} dB"
+        draw.text((x, y), title, fill="black")
         picture = Image.fromarray(_to_uint8(result.image_HxWx3))
         sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y + label))
     return sheet
@@ -218,10 +243,12 @@ def _save(path: Path, picture: Image.Image) -> None:
 def _read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
     """Read a picture, cropped to the aspect of `size` (height, width) and resized to it; in [0, 1]."""
     try:
-        picture = Image.open(path).convert("RGB")
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file).convert("RGB")
     except FileNotFoundError:
         raise MegError(f"init-image {path}: no such file") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    # Pillow's decoders raise SyntaxError and ValueError for broken files too.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise MegError(f"init-image {path}: not a readable picture ({error})") from None
     height, width = size
     scale = max(width / picture.width, height / picture.height)
