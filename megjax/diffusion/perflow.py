@@ -90,7 +90,7 @@ def velocity(
     S = len(sched.abar)
     start, end = window_edges(sched, t_B, windows)
     lam_s, eta_s = window_gains(sched, start, end, kind)
-    s, e, t = start / S, end / S, t_B / S
+    s, e, t = (x.astype(z_BxHxWxC.dtype) / S for x in (start, end, t_B))
     D = lam_s * (t - s) + (e - t)
     lam, eta, left = (x[:, None, None, None] for x in (lam_s * (e - s) / D, eta_s * (e - t) / D, e - t))
     return (lam * z_BxHxWxC + eta * output_BxHxWxC - z_BxHxWxC) / left
@@ -162,7 +162,7 @@ def perflow(
         t, t_next = perflow_timesteps(sched, steps, i, windows)
         t_B = jnp.full((B,), t)
         v = velocity(sched, student(z, t_B), z, t_B, kind, windows)
-        return z + (t_next - t) / S * v
+        return z + (t_next - t).astype(z.dtype) / S * v
 
     steps, start = jnp.asarray(steps, jnp.int32), jnp.asarray(start, jnp.int32)
     return jax.lax.fori_loop(start, jnp.maximum(steps, windows), body, z_BxHxWxC)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 from megjax.distill.pruning import gate, gate_kl, kept_count, send_pruned, strongest
 from megjax.link.channel import from_db
 from megjax.link.features import FeatureRules
-from megjax.models import Network, Params
+from megjax.models import Params
 from megjax.pipeline.split import send
 from megjax.training.step import Loss, Metrics
 
@@ -21,6 +21,10 @@ Degrade: TypeAlias = Callable[
     tuple[Float[Array, "H W C"], Float[Array, ""]],
 ]
 """(params, key, z, ratio, psnr_db) -> (what the device receives, a penalty), of one picture."""
+
+
+Decode: TypeAlias = Callable[[Params, Float[Array, "B h w c"]], Float[Array, "B H W 3"]]
+"""(params, z) -> pictures: a `Network`, or a function in its place."""
 
 
 class Latents(NamedTuple):
@@ -79,7 +83,7 @@ def gated(kl_weight: float) -> Degrade:
     return degrade
 
 
-def decoder_distillation_loss(decoder: Network, degrade: Degrade, ranges: Ranges, batch: int) -> Loss:
+def decoder_distillation_loss(decoder: Decode, degrade: Degrade, ranges: Ranges, batch: int) -> Loss:
     """Eq. (21): || y_ref - D_phi(received(z_T, r, noise)) ||^2, with T, r and the noise drawn per sample.
 
     Args:

@@ -137,11 +137,12 @@ def chord_target(
         kind: what the student predicts.
     """
     z_s, z_e, start_B, end_B = pairs
-    share = ((t_B - start_B) / (end_B - start_B))[:, None, None, None]
+    done_B, width_B = ((x - start_B).astype(z_s.dtype) for x in (t_B, end_B))
+    share = (done_B / width_B)[:, None, None, None]
     z_t = z_s + (z_e - z_s) * share
     if kind == "velocity":
-        width = ((end_B - start_B) / len(sched.abar))[:, None, None, None]
-        return Target(z_t, t_B, (z_e - z_s) / width)
+        duration = (width_B / len(sched.abar))[:, None, None, None]
+        return Target(z_t, t_B, (z_e - z_s) / duration)
     lam, eta = (gain[:, None, None, None] for gain in window_gains(sched, start_B, end_B, kind))
     return Target(z_t, t_B, (z_e - lam * z_s) / eta)
 

@@ -1,0 +1,126 @@
+"""The decoder's distillation and the pruning gate, against closed forms and quadrature."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import integrate
+
+from megjax.distill.decoder import (
+    Latents,
+    Ranges,
+    decoder_distillation_loss,
+    gated,
+    magnitude_pruned,
+    merged,
+)
+from megjax.distill.pruning import gate, gate_kl, init_gate, kept_count, send_pruned, strongest
+
+
+def linear_decoder(params, z_BxHxWxC):
+    """A decoder of 2 x 2 latents to 2 x 2 pictures of three channels."""
+    return z_BxHxWxC @ params
+
+
+def exact_kl(log_a: float) -> float:
+    """KL of N(1, a) from the log-uniform prior, its limit for a -> inf set to 0, by quadrature."""
+    root = np.exp(log_a / 2)
+
+    def integrand(n):
+        return np.log(np.abs(1 + root * n) + 1e-300) * np.exp(-n * n / 2) / np.sqrt(2 * np.pi)
+
+    pole = -1 / root
+    points = sorted({-12.0, 12.0, float(np.clip(pole, -12, 12))})
+    value = sum(
+        integrate.quad(integrand, low, high, limit=400)[0] for low, high in itertools.pairwise(points)
+    )
+    return value - 0.5 * log_a + 0.5 * (np.euler_gamma + np.log(2))
+
+
+@pytest.mark.parametrize("log_a", [-6.0, -3.0, -1.0, 0.0, 1.0, 3.0, 6.0])
+def test_gate_kl_is_within_a_hundredth_of_quadrature(log_a):
+    x = jnp.array([2.0])
+    sigma = float(np.exp(log_a / 2)) * 0.5 * 2.0
+    assert float(gate_kl(jnp.array([0.5]), x, sigma)[0]) == pytest.approx(exact_kl(log_a), abs=0.01)
+
+
+def test_gate_opens_and_differs_by_noise_level():
+    params = init_gate(jax.random.key(0), 16)
+    quiet, noisy = gate(params, 20.0), gate(params, 5.0)
+    assert quiet.shape == (16,)
+    assert np.all((quiet > 0.5) & (quiet < 1))
+    assert not np.allclose(quiet, noisy)
+
+
+@pytest.mark.parametrize(("ratio", "kept"), [(0.0, 10), (0.1, 9), (0.55, 5), (0.95, 1), (1.0, 1)])
+def test_kept_scalars(ratio, kept):
+    assert int(kept_count(ratio, 10)) == kept
+    score = jnp.array([3.0, 1, 4, 1, 5, 9, 2, 6, 5, 3])
+    chosen = np.flatnonzero(strongest(score, kept_count(ratio, 10)))
+    assert sorted(chosen) == sorted(np.argsort(-np.asarray(score), kind="stable")[:kept])
+
+
+def test_pruned_messages_have_noise_of_their_own_power_and_zeros_elsewhere():
+    x = 3.0 * jax.random.normal(jax.random.key(0), (20_000,))
+    kept = jnp.arange(20_000) % 2 == 0
+    got = np.asarray(send_pruned(jax.random.key(1), x, kept, 10.0))
+    assert np.all(got[1::2] == 0)
+    noise = got[::2] - np.asarray(x)[::2]
+    assert noise.std() == pytest.approx(10**-0.5 * float(jnp.sqrt(jnp.mean(x[::2] ** 2))), rel=0.03)
+    clean = send_pruned(jax.random.key(1), x, kept, jnp.inf)
+    np.testing.assert_allclose(clean[::2], x[::2], rtol=1e-3)
+    silent = jax.grad(lambda x: jnp.sum(send_pruned(jax.random.key(1), x, kept, 10.0)))(jnp.zeros(20_000))
+    assert np.isfinite(silent).all()
+
+
+def test_magnitude_pruning_keeps_the_largest():
+    z = jax.random.normal(jax.random.key(0), (4, 4, 4))
+    got, penalty = magnitude_pruned({}, jax.random.key(1), z, jnp.array(0.5), jnp.array(jnp.inf))
+    sent = np.asarray(got != 0)
+    assert sent.sum() == 32
+    assert np.abs(np.asarray(z))[sent].min() >= np.abs(np.asarray(z))[~sent].max()
+    assert float(penalty) == 0
+
+
+def data(prompts: int = 8) -> Latents:
+    z = jax.random.normal(jax.random.key(0), (prompts, 9, 8, 8, 4))
+    return Latents(z, jax.random.uniform(jax.random.key(1), (prompts, 8, 8, 3)))
+
+
+def test_loss_of_an_undisturbed_latent_is_the_plain_error():
+    latents = data()
+    latents = latents._replace(z_NxTxHxWxC=jnp.repeat(latents.z_NxTxHxWxC[:, :1], 9, axis=1))
+    weight = jax.random.normal(jax.random.key(2), (4, 3))
+    still = Ranges(ratio=(0.0, 0.0), psnr_db=(200.0, 200.0))
+    loss = decoder_distillation_loss(linear_decoder, merged(), still, 4096)
+    value, metrics = jax.jit(loss)({"decoder": weight}, jax.random.key(3), latents)
+    error = jnp.mean((latents.z_NxTxHxWxC[:, 0] @ weight - latents.picture_NxHxWx3) ** 2)
+    assert float(value) == pytest.approx(float(error), rel=0.02)
+    assert float(metrics["mse"]) == float(value)
+
+
+@pytest.mark.parametrize("degrade", [merged(), merged("paper"), magnitude_pruned, gated(1e-4)])
+def test_each_way_over_the_air_has_finite_gradients(degrade):
+    params = {
+        "decoder": jax.random.normal(jax.random.key(2), (4, 3)),
+        "gate": init_gate(jax.random.key(4), 256),
+    }
+    loss = decoder_distillation_loss(linear_decoder, degrade, Ranges(), 16)
+    grads, metrics = jax.jit(jax.grad(loss, has_aux=True))(params, jax.random.key(3), data())
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    assert np.abs(grads["decoder"]).max() > 0
+    assert float(metrics["mse"]) > 0
+
+
+def test_the_gate_learns_from_pixels_and_from_its_penalty():
+    params = {"decoder": jnp.ones((4, 3)), "gate": init_gate(jax.random.key(4), 256)}
+
+    def slope(kl_weight):
+        loss = decoder_distillation_loss(linear_decoder, gated(kl_weight), Ranges(ratio=(0.0, 0.0)), 16)
+        return jax.grad(lambda p: loss(p, jax.random.key(3), data())[0])(params)["gate"]["out"]["bias"]
+
+    assert np.abs(slope(0.0)).max() > 0
+    # The penalty alone wants the gates closed: more of it raises the slope of every logit.
+    assert np.all(slope(1.0) > slope(0.0))
