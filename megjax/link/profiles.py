@@ -7,6 +7,7 @@ calibrated in seconds per denoising step. `eval.profile` measures one for this m
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from dataclasses import asdict, dataclass
@@ -31,6 +32,11 @@ class Machine:
     source: str = ""
     """Where the numbers are from: measured, data sheet, assumed."""
 
+    def __post_init__(self) -> None:
+        if not 0 < self.flops_per_s < math.inf:
+            raise MegError(f"flops_per_s {self.flops_per_s}: must be a number above 0")
+        _check_not_negative(self, "j_per_flop", "access_s")
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -41,6 +47,9 @@ class Profile:
     device: Machine
     fixed_j: float = 0.0
     """e0."""
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "fixed_j")
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,15 @@ class StepProfile:
     """One step with it."""
     power_w: float
     source: str = ""
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "fixed_s", "step_s", "tome_step_s", "power_w")
+
+
+def _check_not_negative(record: object, *names: str) -> None:
+    for name in names:
+        if not 0 <= (value := getattr(record, name)) < math.inf:
+            raise MegError(f"{name} {value}: must be a number from 0 on")
 
 
 AnyProfile: TypeAlias = Profile | StepProfile

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, get_args
 
 import jax
@@ -17,6 +18,7 @@ from megjax.errors import MegError
 from megjax.link.features import FeatureRules
 from megjax.link.payload import payload_bits
 from megjax.merging import token_grid
+from megjax.models import Params
 from megjax.pipeline.load import Pipeline
 from megjax.pipeline.split import Sampler, condition, decode, denoise, encode, send, unet_params
 from megjax.text import tokenize
@@ -137,9 +139,80 @@ def generate(
         on_stage: told each stage before it runs.
 
     Raises:
-        MegError: for a request that cannot be generated, see `check`, or a prompt too long or empty.
+        MegError: for a request that cannot be generated, see `check`, a prompt too long or empty, or a
+            picture that is not finite in the networks' dtype.
     """
-    check(request, pipeline)
+    return next(generate_each(pipeline, [request], init_image_HxWx3, on_stage=on_stage))
+
+
+def generate_each(
+    pipeline: Pipeline,
+    requests: Sequence[Request],
+    init_image_HxWx3: Float[np.ndarray, "H W 3"] | None = None,
+    *,
+    on_stage: Callable[[str], None] = lambda _: None,
+) -> Iterator[Generated]:
+    """Generate requests that differ in steps, ratio and PSNR alone, as `generate` does.
+
+    Each number of steps is denoised once, and all share one reference.
+
+    Args:
+        pipeline: from `load_pipeline`.
+        requests: what to generate.
+        init_image_HxWx3: see `generate`.
+        on_stage: see `generate`.
+
+    Yields:
+        Each request's pictures, in turn.
+
+    Raises:
+        MegError: see `generate`; requests that differ in something else.
+    """
+    first = requests[0]
+    for request in requests:
+        check(request, pipeline)
+        if request != dataclasses.replace(
+            first, steps=request.steps, ratio=request.ratio, psnr_db=request.psnr_db
+        ):
+            raise MegError(
+                "requests: they may differ in steps, ratio and psnr_db alone; generate others apart"
+            )
+    latents = _denoiser(pipeline, first, init_image_HxWx3, on_stage)
+    key_link = _keys(first)[1]
+    on_stage("reference")
+    reference = _picture(pipeline, pipeline.params["vae_decoder"], latents(REFERENCE_STEPS, 0.0))
+    for request in requests:
+        z_1xHxWxC = latents(request.steps, request.tome_ratio)
+        on_stage("channel")
+        received = send(key_link, z_1xHxWxC, request.ratio, request.psnr_db, rules=request.rules)
+        on_stage("VAE decoder")
+        image = _picture(pipeline, pipeline.device_decoder, received.z_BxHxWxC)
+        mse = float(np.mean(np.square(image - reference), dtype=np.float64))
+        grid = token_grid(*z_1xHxWxC.shape[1:3])
+        tokens, values = grid[0] * grid[1], 4 * z_1xHxWxC.shape[3]
+        yield Generated(
+            image,
+            reference,
+            int(received.tokens_B[0]),
+            int(payload_bits(request.ratio, tokens, values, rules=request.rules, grid=grid)),
+            mse,
+            -10 * math.log10(mse) if mse else math.inf,
+        )
+
+
+def _keys(request: Request) -> tuple[jax.Array, jax.Array]:
+    """Of the noise and of the link."""
+    key_noise, key_link = jax.random.split(jax.random.key(request.seed))
+    return key_noise, key_link
+
+
+def _denoiser(
+    pipeline: Pipeline,
+    request: Request,
+    init_image_HxWx3: np.ndarray | None,
+    on_stage: Callable[[str], None],
+) -> Callable[[int, float], jax.Array]:
+    """Encode prompt and picture; return the latents as a function of the steps and the ToMe ratio."""
     height, width = request.height or pipeline.image_size, request.width or pipeline.image_size
     if init_image_HxWx3 is not None and init_image_HxWx3.shape != (height, width, 3):
         raise MegError(
@@ -153,17 +226,18 @@ def generate(
     prompt, empty = (
         condition(pipeline, params, jnp.asarray(i), size=(height, width)) for i in (ids, empty_ids)
     )
-    key_noise, key_link = jax.random.split(jax.random.key(request.seed))
     config = pipeline.vae_decoder.config
     latent = (1, height // config.downsampling, width // config.downsampling, config.latent_channels)
-    noise = jax.random.normal(key_noise, latent)
+    noise = jax.random.normal(_keys(request)[0], latent)
     if init_image_HxWx3 is None:
         start, strength = jnp.zeros(latent), 1.0
     else:
         on_stage("VAE encoder")
         start = encode(pipeline, params["vae_encoder"], jnp.asarray(init_image_HxWx3, jnp.float32)[None])
         strength = request.strength
+    unet, sampler = unet_params(pipeline, request.sampler)
 
+    @functools.cache
     def latents(steps: int, tome_ratio: float) -> jax.Array:
         on_stage(f"U-Net, {steps} steps")
         return denoise(
@@ -180,32 +254,13 @@ def generate(
             tome_ratio=tome_ratio,
         )
 
-    unet, sampler = unet_params(pipeline, request.sampler)
-    z = latents(request.steps, request.tome_ratio)
-    on_stage("channel")
-    received = send(key_link, z, request.ratio, request.psnr_db, rules=request.rules)
-    on_stage("VAE decoder")
-    image = decode(pipeline, pipeline.device_decoder, received.z_BxHxWxC)
-    same = request.steps == REFERENCE_STEPS and not request.tome_ratio
-    reference_z = z if same else latents(REFERENCE_STEPS, 0.0)
-    on_stage("reference")
-    reference = decode(pipeline, params["vae_decoder"], reference_z)
+    return latents
 
-    image, reference = np.asarray(image[0]), np.asarray(reference[0])
-    mse = float(np.mean(np.square(image - reference), dtype=np.float64))
-    grid = token_grid(*latent[1:3])
-    bits = payload_bits(
-        float(min(request.ratio, MAX_RATIO[request.rules])),
-        grid[0] * grid[1],
-        4 * config.latent_channels,
-        rules=request.rules,
-        grid=grid,
-    )
-    return Generated(
-        image,
-        reference,
-        int(received.tokens_B[0]),
-        int(bits),
-        mse,
-        -10 * math.log10(mse) if mse else math.inf,
-    )
+
+def _picture(pipeline: Pipeline, decoder: Params, z_1xHxWxC: jax.Array) -> np.ndarray:
+    image = np.asarray(decode(pipeline, decoder, z_1xHxWxC)[0])
+    if not np.isfinite(image).all():
+        raise MegError(
+            "the picture is not finite: the networks overflow in this dtype; use one of wider range"
+        )
+    return image

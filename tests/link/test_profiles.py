@@ -59,6 +59,14 @@ def test_errors_name_the_value(tmp_path):
     with pytest.raises(MegError, match=r"'toaster'.*phone"):
         profiles.load("a40", device="toaster")
     broken = tmp_path / "broken.json"
-    broken.write_text(json.dumps({"name": "x"}))
-    with pytest.raises(MegError, match=r"broken\.json is not a hardware profile"):
-        profiles.load(broken)
+    profiles.save(profiles.load("paper"), broken)
+    good = json.loads(broken.read_text())
+    for wrong in (
+        {"name": "x"},
+        good | {"fixed_j": float("nan")},
+        good | {"server": good["server"] | {"flops_per_s": 0}},
+        good | {"device": good["device"] | {"j_per_flop": "much"}},
+    ):
+        broken.write_text(json.dumps(wrong))
+        with pytest.raises(MegError, match=r"broken\.json is not a hardware profile"):
+            profiles.load(broken)

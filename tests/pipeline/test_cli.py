@@ -1,5 +1,7 @@
 """The command line: what it writes, what it prints, and one line with exit code 2 for bad values."""
 
+import functools
+import importlib
 import sys
 
 import numpy as np
@@ -7,7 +9,11 @@ import pytest
 from PIL import Image
 
 from megjax.cli import main
+from megjax.errors import MegError
+from megjax.pipeline import load_pipeline
 from tests.small import save_random
+
+command = importlib.import_module("megjax.cli.generate")
 
 
 @pytest.fixture(scope="module")
@@ -15,11 +21,16 @@ def folder(tmp_path_factory):
     return save_random(tmp_path_factory.mktemp("backbone") / "model")
 
 
+load_once = functools.cache(load_pipeline)
+
+
 @pytest.fixture
 def run(monkeypatch, folder, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    # Loaded and compiled once for all tests.
+    monkeypatch.setattr(command, "load_pipeline", lambda model, options, on_part: load_once(model, options))
 
     def call(*args):
         model = [] if "--model" in args else ["--model", str(folder)]
@@ -44,6 +55,15 @@ def test_writes_the_picture_and_prints_what_it_cost(run, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["picture.png"]
 
 
+def test_features_may_meet_the_links_noise(run, monkeypatch):
+    def stop(pipeline, request, start, on_stage):
+        raise MegError(f"asked for {request.psnr_db:.3f} dB")
+
+    monkeypatch.setattr(command, "generate", stop)
+    for args, psnr_db in ((["--tie-psnr"], "5.000"), (["--psnr-db", "7"], "7.000"), ([], "10.000")):
+        assert f"asked for {psnr_db} dB" in run("a red circle", "--snr-db", "5", *args)[2]
+
+
 def test_image_to_image_and_contact_sheet(run, tmp_path):
     Image.fromarray(np.full((90, 70, 3), 128, np.uint8)).save(tmp_path / "start.png")
     code, *_ = run("a red circle", "--init-image", "start.png", "--grid", "-o", "sheet.png")
@@ -62,6 +82,9 @@ def test_image_to_image_and_contact_sheet(run, tmp_path):
         (["red " * 200], "30 at most"),
         (["a red circle", "--init-image", "nowhere.png"], "no such file"),
         (["a red circle", "--init-image", "text.png"], "not a readable picture"),
+        (["a red circle", "--init-image", "cut.png"], "not a readable picture"),
+        (["a red circle", "--distance-m", "0"], "from 1 to 100000 m are allowed"),
+        (["a red circle", "--snr-db", "nan"], "from -100 to 200 dB are allowed"),
         (["a red circle", "--profile", "abacus"], "unknown hardware profile"),
         (["a red circle", "-o", "nowhere/out.png"], "no folder"),
         (["a red circle", "-o", "out.jpg"], "ends in .png"),
@@ -70,6 +93,8 @@ def test_image_to_image_and_contact_sheet(run, tmp_path):
 )
 def test_bad_values_are_one_line(run, tmp_path, args, message):
     (tmp_path / "text.png").write_text("no picture")
+    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1000])
     code, out, err = run(*args)
     assert code == 2
     assert out == ""

@@ -11,7 +11,7 @@ import pytest
 
 from megjax.errors import MegError, WeightsError
 from megjax.link.payload import payload_bits
-from megjax.pipeline import Request, generate, load_pipeline
+from megjax.pipeline import Request, generate, generate_each, load_pipeline
 from megjax.pipeline.split import condition, denoise, send
 from megjax.pipeline.workload import workload
 from megjax.text import tokenize
@@ -43,6 +43,26 @@ def test_same_seed_same_picture(pipeline):
     np.testing.assert_array_equal(first.image_HxWx3, again.image_HxWx3)
     other = generate(pipeline, Request(PROMPT, seed=4))
     assert not np.array_equal(first.image_HxWx3, other.image_HxWx3)
+
+
+def test_many_requests_share_a_reference_and_their_latents(pipeline):
+    stages = []
+    requests = [Request(PROMPT, steps=t, ratio=r) for t in (4, 12) for r in (0.0, 0.4)]
+    for request, out in zip(requests, generate_each(pipeline, requests, on_stage=stages.append), strict=True):
+        alone = generate(pipeline, request)
+        np.testing.assert_array_equal(out.image_HxWx3, alone.image_HxWx3)
+        assert out[2:] == alone[2:]
+    assert [s for s in stages if s.startswith("U-Net")] == ["U-Net, 12 steps", "U-Net, 4 steps"]
+    with pytest.raises(MegError, match="generate others apart"):
+        next(generate_each(pipeline, [Request(PROMPT), Request(PROMPT, seed=1)]))
+
+
+def test_a_picture_that_is_not_finite_is_refused(pipeline):
+    params = pipeline.params | {
+        "vae_decoder": jax.tree.map(lambda p: p * 1e30, pipeline.params["vae_decoder"])
+    }
+    with pytest.raises(MegError, match="not finite"):
+        generate(dataclasses.replace(pipeline, params=params), Request(PROMPT, steps=1))
 
 
 @pytest.mark.parametrize("rules", ["default", "paper"])
