@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -54,6 +55,26 @@ class Work(NamedTuple):
         if self.flops and self.peak_flops_per_s:
             known["flop_utilisation"] = self.flops * steps_per_s / self.peak_flops_per_s
         return known
+
+
+PEAK_FLOPS_PER_S = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "A40": 149.7e12,
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+}
+"""Of one device, dense bfloat16, by a part of its name; data sheets."""
+
+
+def peak_flops_per_s() -> float:
+    """The peak of this process's first device, 0 if unknown."""
+    name = jax.local_devices()[0].device_kind
+    found = [part for part in PEAK_FLOPS_PER_S if re.search(rf"\b{part}\b", name)]
+    return PEAK_FLOPS_PER_S[max(found, key=len)] if found else 0.0
 
 
 class Logs(NamedTuple):

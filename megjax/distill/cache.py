@@ -1,0 +1,184 @@
+"""What is computed once and kept on disk: latents, text embeddings, a teacher's samples.
+
+A cache is a folder of shards, each a folder of `.npy` files that memory maps open; one that was interrupted
+goes on with the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from megjax.errors import MegError
+
+JUDGED_AFTER = 1000
+"""Examples seen before the share of broken ones is judged, or all of them."""
+
+
+class Block(NamedTuple):
+    """A shard's contents.
+
+    Args:
+        arrays: by name; one row for each whole example, in order.
+        broken: a line on each of the others.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    broken: Sequence[str] = ()
+
+
+Compute = Callable[[int, int], Block]
+"""(start, stop) of the examples -> what is kept of them."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cache:
+    """Random access to the rows of a finished cache.
+
+    Args:
+        shards: of each, the open arrays by name.
+        starts: of each, the number of its first row.
+        count: rows in all, or the first of them.
+    """
+
+    shards: tuple[Mapping[str, np.ndarray], ...]
+    starts: tuple[int, ...]
+    count: int
+
+    def first(self, count: int) -> Cache:
+        """The first rows alone."""
+        return dataclasses.replace(self, count=min(count, self.count))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
+        """The arrays of a row."""
+        row = range(len(self))[index]
+        shard = bisect.bisect_right(self.starts, row) - 1
+        return {name: array[row - self.starts[shard]] for name, array in self.shards[shard].items()}
+
+
+def cached(
+    folder: Path,
+    key: Mapping[str, Any],
+    examples: int,
+    compute: Compute,
+    *,
+    say: Callable[[str], None] = lambda _: None,
+    progress: Callable[[int], None] = lambda _: None,
+    max_broken: float = 0.05,
+    shard: int = 1024,
+) -> Cache:
+    """Open the cache of a key, computing what is missing first; processes share the shards.
+
+    Args:
+        folder: of all caches, on a disk that all processes see.
+        key: all that the contents depend on, in JSON's types: model, preset, data. Each key has its own
+            folder.
+        examples: how many there are.
+        compute: makes a shard's contents.
+        say: told of each broken example.
+        progress: told the examples done.
+        max_broken: share of broken examples that ends the run, once a thousand were seen.
+        shard: examples a shard.
+
+    Raises:
+        MegError: too many broken examples, or none that is whole.
+    """
+    own = folder / digest(key)
+    if jax.process_index() == 0:
+        own.mkdir(parents=True, exist_ok=True)
+        for unfinished in own.glob(".part-*"):
+            shutil.rmtree(unfinished)
+        _write_json(own / "key.json", dict(key))
+    _together("cache opened")
+    parts = [own / f"part-{i:06d}" for i in range(-(-examples // shard))]
+    seen, broken = 0, []
+    for i, part in list(enumerate(parts))[jax.process_index() :: jax.process_count()]:
+        start, stop = i * shard, min((i + 1) * shard, examples)
+        if not part.exists():
+            block = compute(start, stop)
+            for line in block.broken:
+                say(f"skipped {line}")
+            _write(part, block)
+        seen, broken = seen + stop - start, [*broken, *_broken(part)]
+        progress(stop)
+        if seen >= min(JUDGED_AFTER, examples) and len(broken) > max_broken * seen:
+            raise MegError(
+                f"{len(broken)} of {seen} examples are broken, more than {max_broken:.0%}: "
+                f"{'; '.join(broken[:3])}, ... Mend the data, or raise --data.max-broken"
+            )
+    _together("cache complete")
+    if broken:
+        say(f"{len(broken)} of {seen} examples were broken and are left out")
+    return _open(own, parts)
+
+
+def digest(key: Mapping[str, Any]) -> str:
+    """A key's short name: equal for equal contents, whatever their order."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def fingerprint(folder: Path) -> str:
+    """Tell model folders apart without reading them whole: names, sizes and both ends of each file."""
+    found = hashlib.sha256()
+    for path in sorted(
+        p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".msgpack", ".txt")
+    ):
+        size = path.stat().st_size
+        found.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+        with path.open("rb") as file:
+            found.update(file.read(1 << 16))
+            file.seek(max(0, size - (1 << 16)))
+            found.update(file.read())
+    return found.hexdigest()[:16]
+
+
+def _write(part: Path, block: Block) -> None:
+    temporary = part.with_name(f".{part.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for name, array in block.arrays.items():
+        np.save(temporary / f"{name}.npy", array)
+    _write_json(temporary / "broken.json", list(block.broken))
+    temporary.rename(part)
+
+
+def _broken(part: Path) -> list[str]:
+    return json.loads((part / "broken.json").read_text())
+
+
+def _open(folder: Path, parts: list[Path]) -> Cache:
+    shards = [
+        {path.stem: np.load(path, mmap_mode="r") for path in sorted(part.glob("*.npy"))} for part in parts
+    ]
+    counts = [len(next(iter(shard.values()), ())) for shard in shards]
+    if not sum(counts):
+        raise MegError(f"{folder}: no example is whole")
+    *starts, count = itertools.accumulate(counts, initial=0)
+    return Cache(tuple(shards), tuple(starts), count)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, default=str))
+    temporary.replace(path)
+
+
+def _together(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)

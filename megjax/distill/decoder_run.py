@@ -1,0 +1,280 @@
+"""Distilling the device's decoder from cached latents: MEG, MEG-Split-Finetune, MEG-Pruning; at any width."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Key
+from safetensors.numpy import load_file, save_file
+
+from megjax import weights
+from megjax.data.loader import DataConfig, shuffled_batches
+from megjax.distill.cache import Cache
+from megjax.distill.decoder import (
+    Degrade,
+    Latents,
+    Ranges,
+    decoder_distillation_loss,
+    gated,
+    magnitude_pruned,
+    merged,
+)
+from megjax.distill.encoding import sampled_latents
+from megjax.distill.export import save_weights
+from megjax.distill.pruning import init_gate
+from megjax.errors import MegError
+from megjax.link.features import FeatureRules
+from megjax.models import Network, Options, Params, VAEConfig, read, vae_decoder
+from megjax.pipeline.load import DECODERS, Pipeline, load_pipeline
+from megjax.training.logs import Report, Work
+from megjax.training.loop import Evaluate, fit
+from megjax.training.sharding import make_mesh, replicated, state_shardings
+from megjax.training.step import Loss, Metrics, Step, TrainState, adamw, init_state, make_step
+
+Method: TypeAlias = Literal["meg", "split_finetune", "pruning", "magnitude_pruning"]
+"""What happens on the air: merging, noise alone, the variational gate, or the largest scalars alone."""
+
+GATE = "gate.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Which decoder to distil, and how."""
+
+    method: Method = "meg"
+    model: str = "tiny"
+    """Whose latents and frozen decoder: with a few-step student, or its teacher is sampled."""
+    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(pictures=4096))
+    """Whose captions."""
+    folder: Path = Path("runs/decoder")
+    """Where checkpoints, logs and the decoder go, each in a part named after the method."""
+    cache: Path = Path("runs/cache")
+    seed: int = 0
+    steps: int = 8000
+    batch: int = 16
+    """Over all devices."""
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    warmup: int = 1000
+    clip: float = 1.0
+    weight_decay: float = 0.01
+    ema_decay: float = 0.9999
+    guidance: float = 2.5
+    """Of the latents' sampler."""
+    rules: FeatureRules = "default"
+    ratios: tuple[float, float] = (0.0, 1.0)
+    """Drawn uniformly, per sample; `split_finetune` merges nothing."""
+    psnr_db: tuple[float, float] = (5.0, 20.0)
+    """Of the features, likewise."""
+    kl_weight: float = 8e-6
+    """beta of the gate of `pruning`."""
+    width: float = 1.0
+    """Of the decoder's channels. Another width than 1 starts from random weights; 0.3 costs a tenth."""
+    dtype: str = "float32"
+    remat: bool = False
+    replicas: int = -1
+    fsdp: int = 1
+    sample_batch: int = 64
+    """Captions sampled at a time."""
+    held_out: int = 64
+    """The last so many examples are evaluated on."""
+    test_ratios: tuple[float, ...] = (0.0, 0.2, 0.4, 0.8)
+    test_psnr_db: float = 10.0
+    every: int = 100
+    checkpoint_every: int = 500
+    evaluate_every: int = 500
+    keep: int = 2
+    tensorboard: bool = False
+
+
+class Program(NamedTuple):
+    """The compiled part of a run, on shapes alone.
+
+    Args:
+        step: the update.
+        decoder: the network that learns.
+        optimizer: of `init_state`.
+        state: shapes of the training state.
+    """
+
+    step: Step
+    decoder: Network
+    optimizer: optax.GradientTransformation
+    state: TrainState
+
+
+def decoder_distillation(config: DecoderConfig, pipeline: Pipeline) -> Program:
+    """Put the decoder's training program together; of the pipeline's parameters only the shapes are read."""
+    options = Options(dtype=config.dtype, remat=config.remat)
+    decoder = vae_decoder(narrowed(pipeline.vae_decoder.config, config.width), options)
+    optimizer = adamw(
+        config.learning_rate,
+        config.steps,
+        warmup=config.warmup,
+        clip=config.clip,
+        weight_decay=config.weight_decay,
+    )
+    shapes = jax.eval_shape(
+        lambda key: init_state(_start(config, pipeline, decoder, key), optimizer), jax.random.key(0)
+    )
+    loss = rows_loss(config, decoder, _ranges(config))
+    step = make_step(loss, optimizer, config.ema_decay, accumulate=config.accumulate)
+    return Program(step, decoder, optimizer, shapes)
+
+
+def narrowed(config: VAEConfig, width: float) -> VAEConfig:
+    """The same autoencoder with fewer channels, each level's a multiple of the groups of its norms.
+
+    Raises:
+        MegError: a width that is not above 0 and at most 1.
+    """
+    if not 0 < width <= 1:
+        raise MegError(f"decoder width {width}: above 0, up to 1 is allowed")
+    groups = config.norm_num_groups
+    channels = tuple(max(groups, round(width * c / groups) * groups) for c in config.block_out_channels)
+    return dataclasses.replace(config, block_out_channels=channels)
+
+
+def rows_loss(config: DecoderConfig, decoder: Network, ranges: Ranges) -> Loss:
+    """Eq. (21) over rows of the cache."""
+    loss = decoder_distillation_loss(decoder, _degrade(config), ranges, config.batch // config.accumulate)
+
+    def of_rows(params: Any, key: Key[Array, ""], rows: Any) -> tuple[Float[Array, ""], Metrics]:
+        picture = rows["picture"].astype(jnp.float32) / 255
+        return loss(params, key, Latents(rows["z"], picture))
+
+    return of_rows
+
+
+def _degrade(config: DecoderConfig) -> Degrade:
+    match config.method:
+        case "pruning":
+            return gated(config.kl_weight)
+        case "magnitude_pruning":
+            return magnitude_pruned
+        case "meg" | "split_finetune":
+            return merged(config.rules)
+
+
+def _ranges(config: DecoderConfig) -> Ranges:
+    return Ranges((0.0, 0.0) if config.method == "split_finetune" else config.ratios, config.psnr_db)
+
+
+def _start(config: DecoderConfig, pipeline: Pipeline, decoder: Network, key: Key[Array, ""]) -> Params:
+    """The frozen decoder's weights, or random ones at another width; and the gate."""
+    key_decoder, key_gate = jax.random.split(key)
+    params: Params = {}
+    if decoder.config == pipeline.vae_decoder.config:
+        own = pipeline.params["vae_decoder"]
+        params["decoder"] = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), own)
+    else:
+        params["decoder"] = decoder.init(key_decoder)
+    if config.method == "pruning":
+        vae = pipeline.vae_decoder.config
+        side = pipeline.image_size // vae.downsampling
+        params["gate"] = init_gate(key_gate, side * side * vae.latent_channels)
+    return params
+
+
+def train_decoder(config: DecoderConfig) -> Path:
+    """Distil, resuming from the newest checkpoint; returns the decoder's folder, `folder/decoders/METHOD`.
+
+    Raises:
+        MegError: see `fit`, `open_pictures` and `cached`.
+    """
+    mesh = make_mesh(config.replicas, config.fsdp)
+    pipeline = load_pipeline(config.model, Options(config.dtype, config.dtype))
+    rows = sampled_latents(
+        pipeline,
+        config.data,
+        config.cache,
+        config.sample_batch,
+        {"dtype": config.dtype},
+        guidance=config.guidance,
+        seed=config.seed,
+    )
+    if len(rows) < config.held_out + config.batch:
+        raise MegError(
+            f"{len(rows)} examples: {config.held_out} are held out and a batch has {config.batch}; take more"
+        )
+    program = decoder_distillation(config, pipeline)
+    key_init, key_run = jax.random.split(jax.random.key(config.seed))
+    with jax.set_mesh(mesh):
+        start = jax.jit(
+            lambda key: init_state(_start(config, pipeline, program.decoder, key), program.optimizer),
+            out_shardings=state_shardings(program.state, mesh),
+        )(key_init)
+    state = fit(
+        program.step,
+        start,
+        key=key_run,
+        steps=config.steps,
+        folder=config.folder,
+        name=config.method,
+        batches=shuffled_batches(rows.first(len(rows) - config.held_out), config.batch, config.seed),
+        mesh=mesh,
+        every=config.every,
+        checkpoint_every=config.checkpoint_every,
+        keep=config.keep,
+        best="mse_mean",
+        evaluate=_evaluation(config, program.decoder, rows, mesh),
+        evaluate_every=config.evaluate_every,
+        work=Work(config.batch),
+        tensorboard=config.tensorboard,
+    )
+    folder = config.folder / DECODERS / config.method
+    save_weights(folder, program.decoder, state.ema["decoder"])
+    if "gate" in state.ema and jax.process_index() == 0:
+        gate = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(state.ema["gate"]).items()}
+        save_file(gate, folder / GATE)
+    return folder
+
+
+def load_decoder(folder: Path) -> tuple[Network, Params, Params | None]:
+    """Read a distilled decoder of any width: the network, its parameters, and its gate if it was pruned."""
+    config = read(VAEConfig, folder / "config.json")
+    decoder = vae_decoder(config)
+    gate = None
+    if (folder / GATE).is_file():
+        flat = {tuple(name.split("/")): jnp.asarray(x) for name, x in load_file(folder / GATE).items()}
+        gate = unflatten_dict(flat)
+    return decoder, weights.load(folder, decoder.shapes, dtype=jnp.float32), gate
+
+
+def _evaluation(config: DecoderConfig, decoder: Network, rows: Cache, mesh: Mesh) -> Evaluate:
+    """The EMA's error on held-out examples at some ratios and one noise level, and its pictures."""
+    held_out = [rows[i] for i in range(len(rows) - config.held_out, len(rows))]
+    data = {name: np.stack([row[name] for row in held_out]) for name in held_out[0]}
+    ratios = (0.0,) if config.method == "split_finetune" else config.test_ratios
+    degrade = _degrade(config)
+    key = jax.random.key(config.seed + 2)
+
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
+    def decoded(params: Params, rows: Any, ratio: Array) -> Array:
+        """Pictures of the longest run's latents: there only merging and noise count."""
+        z = rows["z"][:, -1].astype(jnp.float32)
+        keys = jax.random.split(key, len(z))
+        psnr_db = jnp.float32(config.test_psnr_db)
+        received, _ = jax.vmap(degrade, in_axes=(None, 0, 0, None, None))(params, keys, z, ratio, psnr_db)
+        return jnp.clip(decoder(params["decoder"], received), 0.0, 1.0)
+
+    def evaluate(state: TrainState) -> Report:
+        reference = data["picture"].astype(np.float32) / 255
+        scalars, columns = {}, [np.concatenate(reference[:4])]
+        for ratio in ratios:
+            pictures = np.asarray(decoded(state.ema, data, jnp.float32(ratio)))
+            scalars[f"mse_{ratio:g}"] = float(np.mean(np.square(pictures - reference)))
+            columns.append(np.concatenate(pictures[:4]))
+        scalars["mse_mean"] = float(np.mean(list(scalars.values())))
+        return Report(scalars, {"pictures": np.concatenate(columns, axis=1)})
+
+    return evaluate

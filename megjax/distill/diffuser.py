@@ -1,0 +1,332 @@
+"""Distilling a backbone's U-Net into a few-step student: data, teacher, student and mesh put together."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Key, PyTree
+
+from megjax import flops, weights
+from megjax.data.loader import DataConfig, shuffled_batches
+from megjax.diffusion import Conditioning, conditioned, ddim, guided, perflow
+from megjax.diffusion.perflow import WINDOWS, Parametrisation
+from megjax.distill.cache import Cache
+from megjax.distill.encoding import caption_ids, encoded_pictures
+from megjax.distill.export import copy_backbone, delta, save_weights
+from megjax.distill.perflow import Batch, perflow_loss
+from megjax.errors import MegError
+from megjax.models import Network, Options, Params, time_ids, unet
+from megjax.pipeline.load import EMBEDDED, STUDENT, Pipeline, load_pipeline
+from megjax.pipeline.split import condition, decode
+from megjax.training.logs import Report, Work, peak_flops_per_s
+from megjax.training.loop import Evaluate, fit
+from megjax.training.lora import init_lora, lora_loss, merge_lora
+from megjax.training.sharding import batch_sharding, make_mesh, param_shardings, replicated, state_shardings
+from megjax.training.step import Inputs, Loss, Metrics, Step, TrainState, adamw, init_state, make_step
+
+NAME = "student"
+GRID_STEPS = (4, 6, 8, 12)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffuserConfig:
+    """What to distil, how, and on which devices."""
+
+    model: str = "tiny"
+    """The teacher: an embedded backbone, a folder in diffusers layout or a hub id."""
+    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(pictures=16384))
+    folder: Path = Path("runs/diffuser")
+    """Where checkpoints, logs, sample grids and the student go."""
+    cache: Path = Path("runs/cache")
+    """Where latents and text embeddings are kept, for all runs."""
+    seed: int = 0
+    steps: int = 10_000
+    batch: int = 32
+    """Over all devices."""
+    accumulate: int = 1
+    """Parts of a batch, one after the other."""
+    learning_rate: float = 1e-4
+    warmup: int = 100
+    clip: float = 1.0
+    weight_decay: float = 0.01
+    ema_decay: float = 0.9999
+    kind: Parametrisation = "ddim_eps"
+    windows: int = WINDOWS
+    solver_steps: int = 10
+    guidance: float = 7.5
+    """Of the teacher's solver and of its pictures in the sample grid."""
+    text_drop: float = 0.1
+    huber: float | None = None
+    """Width of the Huber loss, instead of the squared error."""
+    lora_rank: int = 0
+    """Train factors of this rank in place of the weights: no second U-Net in memory nor in the state."""
+    lora_scale: float = 1.0
+    """alpha/rank."""
+    dtype: str = "float32"
+    """Of the teacher and of all activations; the student's weights stay in float32."""
+    remat: bool = False
+    """Recompute the student's activations in the backward pass."""
+    attention: str = "xla"
+    replicas: int = -1
+    """Copies of the states, each with its part of the batch; -1 takes the devices that are left."""
+    fsdp: int = 1
+    """Devices that the states, and a replica's part of the batch, are cut over; -1 likewise."""
+    tensor: int = 1
+    """Devices that attention's heads are cut over."""
+    encode_batch: int = 64
+    """Pictures encoded at a time."""
+    held_out: int = 64
+    """The last so many examples measure the teacher-consistency error instead of training."""
+    grid_prompts: int = 4
+    every: int = 100
+    """Steps between log lines."""
+    checkpoint_every: int = 500
+    evaluate_every: int = 500
+    keep: int = 2
+    """Checkpoints, besides the best by the teacher-consistency error."""
+    tensorboard: bool = False
+    peak_flops_per_s: float = 0.0
+    """Of one device, for the FLOP utilisation; 0 looks it up by the device's name."""
+
+
+class Program(NamedTuple):
+    """The compiled part of a run, on shapes alone: nothing is allocated.
+
+    Args:
+        step: the update.
+        init: student's parameters, from the key and the teacher's.
+        optimizer: of `init_state`.
+        state: shapes of the training state.
+        student: (trained parameters, teacher) -> the U-Net's parameters.
+    """
+
+    step: Step
+    init: Callable[[Key[Array, ""], Params], Params]
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    student: Callable[[Params, Params], Params]
+
+
+def distillation(config: DiffuserConfig, pipeline: Pipeline) -> Program:
+    """Put the student's training program together.
+
+    Args:
+        config: how.
+        pipeline: its networks, schedule and sizes; of its parameters only the shapes are read.
+    """
+    teacher = pipeline.unet
+    options = Options(dtype=config.dtype, remat=config.remat, attention=config.attention)
+    loss = distillation_loss(config, pipeline, unet(teacher.config, options))
+    if config.lora_rank:
+        loss = lora_loss(loss, config.lora_scale)
+    optimizer = adamw(
+        config.learning_rate,
+        config.steps,
+        warmup=config.warmup,
+        clip=config.clip,
+        weight_decay=config.weight_decay,
+        decay=False,
+    )
+
+    def init(key: Key[Array, ""], params: Params) -> Params:
+        if config.lora_rank:
+            return init_lora(key, params, config.lora_rank)
+        return jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+
+    def student(trained: Params, params: Params) -> Params:
+        return merge_lora(params, trained, config.lora_scale) if config.lora_rank else trained
+
+    shapes = jax.eval_shape(
+        lambda key, p: init_state(init(key, p), optimizer), jax.random.key(0), teacher.shapes
+    )
+    step = make_step(loss, optimizer, config.ema_decay, accumulate=config.accumulate)
+    return Program(step, init, optimizer, shapes, student)
+
+
+def distillation_loss(config: DiffuserConfig, pipeline: Pipeline, student: Network) -> Loss:
+    """Eq. (12) over `Inputs`: rows of the cache, and `{"teacher", "empty"}`, the empty prompt as one row."""
+    side = pipeline.image_size
+    loss = perflow_loss(
+        student,
+        pipeline.schedule,
+        guidance=config.guidance,
+        windows=config.windows,
+        solver_steps=config.solver_steps,
+        kind=config.kind,
+        text_drop=config.text_drop,
+        huber=config.huber,
+        teacher_unet=pipeline.unet,
+    )
+
+    def of_rows(params: Any, key: Key[Array, ""], inputs: Inputs) -> tuple[Float[Array, ""], Metrics]:
+        rows, frozen = inputs
+        prompt, empty = _conditions(rows, frozen["empty"], side)
+        return loss(params, key, Batch(frozen["teacher"], rows["z0"], prompt, empty))
+
+    return of_rows
+
+
+def _conditions(rows: Any, empty: PyTree, side: int) -> tuple[Conditioning, Conditioning]:
+    B = len(rows["z0"])
+    sizes = time_ids(side, side, B)
+    text, pooled = (rows[name].astype(jnp.float32) for name in ("text", "pooled"))
+    no_text, no_pooled = (jnp.broadcast_to(x, (B, *x.shape[1:])) for x in empty)
+    return Conditioning(text, pooled, sizes), Conditioning(no_text, no_pooled, sizes)
+
+
+def train_diffuser(config: DiffuserConfig) -> Path:
+    """Distil, resuming from the newest checkpoint; returns the folder of the backbone with its student.
+
+    `folder/model` is the teacher's backbone with `unet_student` in it; `folder/unet_delta`, the student minus
+    the teacher, makes a few-step model of any fine-tune (`megjax.distill.export.add_delta`).
+
+    Raises:
+        MegError: see `fit`, `open_pictures` and `cached`.
+    """
+    mesh = make_mesh(config.replicas, config.fsdp, config.tensor)
+    pipeline = load_pipeline(config.model, Options(config.dtype, config.dtype, attention=config.attention))
+    preset = {"dtype": config.dtype}
+    rows = encoded_pictures(pipeline, config.data, config.cache, config.encode_batch, preset)
+    if len(rows) < config.held_out + config.batch:
+        raise MegError(
+            f"{len(rows)} examples: {config.held_out} are held out and a batch has {config.batch}; take more"
+        )
+    program = distillation(config, pipeline)
+    key_init, key_run = jax.random.split(jax.random.key(config.seed))
+    teacher = _place(pipeline.params["unet"], param_shardings(pipeline.unet.shapes, mesh))
+    shardings = state_shardings(program.state, mesh)
+    with jax.set_mesh(mesh):
+        start = jax.jit(
+            lambda key, params: init_state(program.init(key, params), program.optimizer),
+            out_shardings=shardings,
+        )(key_init, teacher)
+    empty = jax.tree.map(np.asarray, _empty(pipeline))
+    frozen = {"teacher": teacher, "empty": _place(empty, jax.tree.map(lambda _: replicated(mesh), empty))}
+    batches = shuffled_batches(rows.first(len(rows) - config.held_out), config.batch, config.seed)
+    state = fit(
+        program.step,
+        start,
+        key=key_run,
+        steps=config.steps,
+        folder=config.folder,
+        name=NAME,
+        batches=batches,
+        frozen=frozen,
+        mesh=mesh,
+        every=config.every,
+        checkpoint_every=config.checkpoint_every,
+        keep=config.keep,
+        best="consistency",
+        evaluate=_evaluation(config, pipeline, program, rows, frozen, mesh),
+        evaluate_every=config.evaluate_every,
+        work=_work(config, pipeline, frozen, rows),
+        tensorboard=config.tensorboard,
+    )
+    return _export(config, pipeline, program.student(state.ema, teacher), teacher)
+
+
+def _empty(pipeline: Pipeline) -> tuple[Array, Array]:
+    ids, _ = caption_ids(pipeline, [""])
+    size = (pipeline.image_size, pipeline.image_size)
+    text, pooled, _ = condition(pipeline, pipeline.params, jnp.asarray(ids), size=size)
+    return text, pooled
+
+
+def _place(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Put what every process holds whole onto the mesh."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def put(leaf: Any, sharding: Any) -> Array:
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def _work(config: DiffuserConfig, pipeline: Pipeline, frozen: Any, rows: Cache) -> Work:
+    """A step's FLOPs, where the devices' peak is known, so that somebody would ask."""
+    peak = (config.peak_flops_per_s or peak_flops_per_s()) * jax.device_count()
+    if not peak:
+        return Work(config.batch)
+    data = {k: jax.ShapeDtypeStruct((config.batch, *v.shape), v.dtype) for k, v in rows[0].items()}
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen)
+    # The model's FLOPs: what is recomputed to save memory does not count.
+    program = distillation(dataclasses.replace(config, remat=False), pipeline)
+    counted = flops.count(program.step, program.state, jax.random.key(0), Inputs(data, shapes))
+    return Work(config.batch, counted.flops, peak)
+
+
+def _evaluation(
+    config: DiffuserConfig, pipeline: Pipeline, program: Program, rows: Cache, frozen: Any, mesh: Mesh
+) -> Evaluate:
+    """The EMA's teacher-consistency error on held-out examples, and its samples beside the teacher's."""
+    number = min(config.grid_prompts, config.held_out)
+    held_out = [rows[i] for i in range(len(rows) - config.held_out, len(rows))]
+    data = {name: np.stack([row[name] for row in held_out]) for name in held_out[0]}
+    noise = np.asarray(jax.random.normal(jax.random.key(config.seed + 1), data["z0"][:number].shape))
+    loss = distillation_loss(config, pipeline, pipeline.unet)
+    steps = [T for T in GRID_STEPS if config.windows <= T]
+    side, sched = pipeline.image_size, pipeline.schedule
+
+    @jax.jit
+    def errors(trained: Params, key: Key[Array, ""], inputs: Inputs) -> Metrics:
+        value, metrics = loss(program.student(trained, inputs.frozen["teacher"]), key, inputs)
+        return {"consistency": value, **metrics}
+
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
+    def sample(trained: Params, inputs: Inputs, noise: Array, T: Array) -> Array:
+        params = program.student(trained, inputs.frozen["teacher"])
+        prompt, _ = _conditions(inputs.data, inputs.frozen["empty"], side)
+        student = conditioned(pipeline.unet, params, prompt)
+        return perflow(student, noise, sched, T, kind=config.kind, windows=config.windows)
+
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
+    def teacher_sample(inputs: Inputs, noise: Array) -> Array:
+        both = _conditions(inputs.data, inputs.frozen["empty"], side)
+        return ddim(guided(pipeline.unet, inputs.frozen["teacher"], *both, config.guidance), noise, sched, 50)
+
+    spread = batch_sharding(mesh)
+    parts = mesh.size // mesh.shape["tensor"]
+    where = spread if config.held_out % parts == 0 else replicated(mesh)
+    everyone = Inputs(_place(data, jax.tree.map(lambda _: where, data)), frozen)
+    few = Inputs({name: array[:number] for name, array in data.items()}, frozen)
+    key = jax.random.key(config.seed + 2)
+
+    @functools.cache
+    def reference() -> np.ndarray:
+        return np.asarray(teacher_sample(few, noise))
+
+    def pictures(z: np.ndarray) -> np.ndarray:
+        return np.concatenate(np.asarray(decode(pipeline, pipeline.params["vae_decoder"], jnp.asarray(z))))
+
+    def evaluate(state: TrainState) -> Report:
+        scalars = {name: float(np.asarray(v)) for name, v in errors(state.ema, key, everyone).items()}
+        columns = [reference()]
+        for T in steps:
+            z = np.asarray(sample(state.ema, few, noise, jnp.int32(T)))
+            scalars[f"mse_to_teacher_{T}"] = float(np.mean(np.square(z - columns[0])))
+            columns.append(z)
+        grid = np.concatenate([pictures(z) for z in columns], axis=1)
+        return Report(scalars, {"samples": grid.astype(np.float32)})
+
+    return evaluate
+
+
+def _export(config: DiffuserConfig, pipeline: Pipeline, student: Params, teacher: Params) -> Path:
+    part, model = config.folder / STUDENT, config.folder / "model"
+    save_weights(part, pipeline.unet, student)
+    save_weights(config.folder / "unet_delta", pipeline.unet, delta(student, teacher))
+    if jax.process_index() == 0:
+        source = weights.open_folder(EMBEDDED.get(config.model, config.model)).path
+        copy_backbone(source, model, {STUDENT: part})
+    return model

@@ -1,0 +1,76 @@
+"""A student's weights in diffusers layout: whole, or as the delta that makes a student of any fine-tune."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import DTypeLike
+
+from megjax import weights
+from megjax.models import Network, Params, to_dict
+
+
+def save_weights(folder: Path, network: Network, params: Params, dtype: DTypeLike = jnp.float16) -> None:
+    """Write a network's weights and config, first beside `folder`, then in its place.
+
+    Args:
+        folder: such as `model/unet_student`; replaced if it exists.
+        network: of the config.
+        params: to write; gathered from the devices.
+        dtype: of the stored weights.
+    """
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        params = multihost_utils.process_allgather(params, tiled=True)
+    if jax.process_index() != 0:
+        return
+    temporary = folder.with_name(f".{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    weights.save(temporary, jax.tree.map(lambda p: p.astype(dtype), params), to_dict(network.config))
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+
+
+def delta(student: Params, teacher: Params) -> Params:
+    """Student minus teacher, in float32: what `add_delta` adds to another fine-tune of the teacher."""
+    return jax.tree.map(lambda s, t: s.astype(jnp.float32) - t.astype(jnp.float32), student, teacher)
+
+
+def add_delta(params: Params, difference: Params, strength: float = 1.0) -> Params:
+    """Turn a fine-tune into a few-step student: its weights plus the delta, in its own dtype.
+
+    Args:
+        params: of any network of the teacher's shapes.
+        difference: from `delta`, or read from `unet_delta`.
+        strength: 1 is the student's own.
+    """
+
+    def add(p: jax.Array, d: jax.Array) -> jax.Array:
+        return (p.astype(jnp.float32) + strength * d.astype(jnp.float32)).astype(p.dtype)
+
+    return jax.tree.map(add, params, difference)
+
+
+def copy_backbone(source: Path, target: Path, parts: Mapping[str, Path]) -> None:
+    """Make a backbone's folder from another: its files, with some parts replaced or added.
+
+    Args:
+        source: in diffusers layout.
+        target: replaced if it exists.
+        parts: folders by their place in the target, such as `unet_student` or `decoders/meg`.
+    """
+    temporary = target.with_name(f".{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary)
+    for name, part in parts.items():
+        shutil.rmtree(temporary / name, ignore_errors=True)
+        shutil.copytree(part, temporary / name)
+    if target.exists():
+        shutil.rmtree(target)
+    temporary.rename(target)

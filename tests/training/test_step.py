@@ -1,0 +1,130 @@
+"""The update: what is skipped, what is accumulated, what pmap makes of a loss."""
+
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from megjax.errors import MegError
+from megjax.training.step import Inputs, adamw, init_state, make_step
+
+
+def linear(params, key, batch):
+    """Least squares; no noise, so that parts of a batch average to the whole."""
+    x_BxI, y_B = batch
+    error = x_BxI @ params["w"] + params["b"] - y_B
+    return jnp.mean(jnp.square(error)), {"error": jnp.mean(error)}
+
+
+def problem(B=12):
+    rng = np.random.default_rng(0)
+    batch = rng.normal(size=(B, 3)).astype(np.float32), rng.normal(size=B).astype(np.float32)
+    return {"w": jnp.ones(3), "b": jnp.zeros(())}, batch
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_parts_equal_the_whole(parts):
+    params, batch = problem()
+    optimizer = optax.sgd(0.1)
+    whole, split = (jax.jit(make_step(linear, optimizer, 0.9, accumulate=n)) for n in (1, parts))
+    state = init_state(params, optimizer)
+    (one, metrics), (other, others) = (step(state, jax.random.key(0), batch) for step in (whole, split))
+    chex.assert_trees_all_close(one, other, rtol=1e-6)
+    chex.assert_trees_all_close(metrics, others, rtol=1e-5)
+
+
+def test_parts_of_a_batch_have_keys_of_their_own_and_frozen_parameters_are_not_cut():
+    def noisy(params, key, inputs):
+        noise = jax.random.normal(key, inputs.data.shape)
+        assert inputs.frozen.shape == (5,)
+        return jnp.mean(params * noise), {"noise": jnp.mean(noise)}
+
+    step = make_step(noisy, optax.sgd(0.1), 0.9, accumulate=3)
+    state = init_state(jnp.ones(()), optax.sgd(0.1))
+    _, metrics = step(state, jax.random.key(0), Inputs(jnp.zeros(6), jnp.zeros(5)))
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    expected = [jnp.mean(jax.random.normal(jax.random.fold_in(key, i), (2,))) for i in range(3)]
+    assert len(set(map(float, expected))) == 3
+    np.testing.assert_allclose(metrics["noise"], np.mean(expected), rtol=1e-6)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    params, batch = problem(10)
+    step = make_step(linear, optax.sgd(0.1), 0.9, accumulate=4)
+    with pytest.raises(MegError, match="batch of 10"):
+        step(init_state(params, optax.sgd(0.1)), jax.random.key(0), batch)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number(where):
+    def loss(params, key, bad):
+        # sqrt(0) has a finite value and no finite derivative.
+        root = jnp.sqrt(jnp.where(bad & (where == "gradient"), 0.0, 1.0) * params["x"])
+        return jnp.sum(root) + jnp.where(bad & (where == "loss"), jnp.nan, 0.0), {}
+
+    optimizer = adamw(0.1, 10, warmup=1)
+    step = jax.jit(make_step(loss, optimizer, 0.9))
+    key = jax.random.key(0)
+    state, _ = step(init_state({"x": jnp.ones(2)}, optimizer), key, False)
+    state, _ = step(state, key, False)
+    after, metrics = step(state, key, True)
+    chex.assert_trees_all_equal(after._replace(step=state.step), state)
+    assert int(after.step) == 3
+    assert metrics["skipped"] == 1
+    assert metrics["loss"] == 0
+    moved, metrics = step(after, key, False)
+    assert metrics["skipped"] == 0
+    assert np.all(np.asarray(moved.params["x"]) < np.asarray(after.params["x"]))
+
+
+def test_the_learning_rate_warms_up_and_stays_or_falls():
+    def sizes(**kwargs):
+        optimizer = adamw(0.1, 40, warmup=4, weight_decay=0.0, **kwargs)
+        params, found = jnp.ones(()), []
+        state = optimizer.init(params)
+        for _ in range(40):
+            update, state = optimizer.update(jnp.ones(()), state, params)
+            found.append(-float(update))  # AdamW's steps have the learning rate's size at a constant gradient
+        return np.asarray(found)
+
+    np.testing.assert_allclose(sizes(decay=False)[[0, 2, 4, 39]], [0.0, 0.05, 0.1, 0.1], rtol=1e-4)
+    falling = sizes()
+    np.testing.assert_allclose(falling[[0, 4]], [0.0, 0.1], rtol=1e-4)
+    assert np.all(np.diff(falling[4:]) < 0)
+    assert falling[39] < 1e-3
+
+
+PMAP = """
+import jax, jax.numpy as jnp, numpy as np
+from functools import partial
+from megjax.training.step import make_step, init_state
+import optax
+
+def loss(params, key, batch):
+    noise = 0.1 * jax.random.normal(key, batch.shape)
+    return jnp.mean(jnp.square(params["x"] - batch + noise)), {}
+
+@partial(jax.pmap, axis_name="replica", in_axes=(None, 0, 0))
+def replicas(params, key, batch):
+    (value, _), grads = jax.value_and_grad(loss, has_aux=True)(params, key, batch)
+    return jax.lax.pmean((value, grads), "replica")
+
+batch = jnp.arange(24.0).reshape(4, 6)
+keys = jax.random.split(jax.random.key(0), 4)
+params = {"x": jnp.ones(6)}
+alone = dict(params)
+for _ in range(3):
+    value, grads = jax.tree.map(lambda x: x[0], replicas(params, keys, batch))
+    singles = [jax.value_and_grad(loss, has_aux=True)(alone, k, b) for k, b in zip(keys, batch)]
+    expected = np.mean([v for (v, _), _ in singles])
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    mean = jax.tree.map(lambda *g: sum(g) / 4, *[g for _, g in singles])
+    alone = jax.tree.map(lambda p, g: p - 0.1 * g, alone, mean)
+np.testing.assert_allclose(params["x"], alone["x"], rtol=1e-6)
+"""

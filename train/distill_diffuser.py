@@ -1,0 +1,23 @@
+"""`python -m train.distill_diffuser tiny`: distil a backbone's U-Net into a few-step student."""
+
+from __future__ import annotations
+
+import sys
+
+import tyro
+
+from configs.distill_diffuser import PRESETS
+from megjax.distill.diffuser import DiffuserConfig, train_diffuser
+from megjax.errors import MegError
+
+
+def main(config: DiffuserConfig) -> None:
+    """Train; resumes from the newest checkpoint in `config.folder`."""
+    try:
+        print(train_diffuser(config))
+    except MegError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(tyro.extras.overridable_config_cli(PRESETS, config=(tyro.conf.AvoidSubcommands,)))
