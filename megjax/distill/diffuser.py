@@ -16,13 +16,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, PyTree
 
 from megjax import flops, weights
-from megjax.data.loader import DataConfig, shuffled_batches
+from megjax.data.loader import DataConfig, data_key, shuffled_batches
 from megjax.diffusion import Conditioning, conditioned, ddim, guided, perflow
 from megjax.diffusion.perflow import WINDOWS, Parametrisation
 from megjax.distill.cache import Cache
-from megjax.distill.encoding import caption_ids, encoded_pictures
+from megjax.distill.encoding import ENCODERS, caption_ids, encoded_pictures, model_key, progress_bar
 from megjax.distill.export import copy_backbone, delta, save_weights
-from megjax.distill.perflow import Batch, perflow_loss
+from megjax.distill.perflow import Batch, Solved, perflow_loss, solved_loss
+from megjax.distill.windows import solved_windows
 from megjax.errors import MegError
 from megjax.models import Network, Options, Params, time_ids, unet
 from megjax.pipeline.load import EMBEDDED, STUDENT, Pipeline, load_pipeline
@@ -62,6 +63,8 @@ class DiffuserConfig:
     kind: Parametrisation = "ddim_eps"
     windows: int = WINDOWS
     solver_steps: int = 10
+    solve_once: bool = False
+    """Solve each example's windows once, before the first step, and keep both ends."""
     guidance: float = 7.5
     """Of the teacher's solver and of its pictures in the sample grid."""
     text_drop: float = 0.1
@@ -155,16 +158,28 @@ def distillation(config: DiffuserConfig, pipeline: Pipeline) -> Program:
 def distillation_loss(config: DiffuserConfig, pipeline: Pipeline, student: Network) -> Loss:
     """Eq. (12) over `Inputs`: rows of the cache, and `{"teacher", "empty"}`, the empty prompt as one row."""
     side = pipeline.image_size
+    common = {
+        "windows": config.windows,
+        "kind": config.kind,
+        "text_drop": config.text_drop,
+        "huber": config.huber,
+    }
+    if config.solve_once:
+        solved = solved_loss(student, pipeline.schedule, **common)
+
+        def of_solved(params: Any, key: Key[Array, ""], inputs: Inputs) -> tuple[Float[Array, ""], Metrics]:
+            rows, frozen = inputs
+            prompt, empty = _conditions(rows, frozen["empty"], side)
+            return solved(params, key, Solved(rows["z_s"], rows["z_e"], prompt, empty))
+
+        return of_solved
     loss = perflow_loss(
         student,
         pipeline.schedule,
         guidance=config.guidance,
-        windows=config.windows,
         solver_steps=config.solver_steps,
-        kind=config.kind,
-        text_drop=config.text_drop,
-        huber=config.huber,
         teacher_unet=pipeline.unet,
+        **common,
     )
 
     def of_rows(params: Any, key: Key[Array, ""], inputs: Inputs) -> tuple[Float[Array, ""], Metrics]:
@@ -200,6 +215,8 @@ def train_diffuser(config: DiffuserConfig) -> Path:
         raise MegError(
             f"{len(rows)} examples: {config.held_out} are held out and a batch has {config.batch}; take more"
         )
+    if config.solve_once:
+        rows = _solved(config, pipeline, rows)
     program = distillation(config, pipeline)
     key_init, key_run = jax.random.split(jax.random.key(config.seed))
     teacher = _place(pipeline.params["unet"], param_shardings(pipeline.unet.shapes, mesh))
@@ -232,6 +249,28 @@ def train_diffuser(config: DiffuserConfig) -> Path:
         tensorboard=config.tensorboard,
     )
     return _export(config, pipeline, program.student(state.ema, teacher), teacher)
+
+
+def _solved(config: DiffuserConfig, pipeline: Pipeline, rows: Cache) -> Cache:
+    key = {
+        "preset": {"dtype": config.dtype},
+        "model": model_key(pipeline, (*ENCODERS, "unet", "scheduler")),
+        "data": data_key(config.data),
+    }
+    with progress_bar("windows", len(rows)) as (_, progress):
+        return solved_windows(
+            pipeline,
+            rows,
+            _empty(pipeline),
+            config.cache,
+            key,
+            config.encode_batch,
+            guidance=config.guidance,
+            windows=config.windows,
+            solver_steps=config.solver_steps,
+            seed=config.seed,
+            progress=progress,
+        )
 
 
 def _empty(pipeline: Pipeline) -> tuple[Array, Array]:

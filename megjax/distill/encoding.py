@@ -158,7 +158,7 @@ def _build(
     shard = min(1024, max(16, 2**28 // (3 * size * size)))  # at most 256 MiB of pixels
     key = {**key, "data": data_key(data), "size": size, "shard": shard}
 
-    with _bar(str(key["kind"]), pictures.count) as (say, progress):
+    with progress_bar(str(key["kind"]), pictures.count) as (say, progress):
 
         def compute(start: int, stop: int) -> Block:
             found = pictures.read(start, stop)
@@ -202,7 +202,8 @@ def _stored(name: str, array: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _bar(name: str, total: int) -> Iterator[tuple[Callable[[str], None], Callable[[int], None]]]:
+def progress_bar(name: str, total: int) -> Iterator[tuple[Callable[[str], None], Callable[[int], None]]]:
+    """A bar on process 0, and a function that prints a line above it."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=jax.process_index() != 0) as bar:

@@ -66,6 +66,22 @@ class Batch(NamedTuple):
     empty: Conditioning
 
 
+class Solved(NamedTuple):
+    """What a step of `solved_loss` reads: every window of each example, the noisiest first.
+
+    Args:
+        z_s_BxKxHxWxC: the windows' noisy ends.
+        z_e_BxKxHxWxC: where the teacher's solver took them.
+        prompt: the captions' conditioning.
+        empty: the empty prompt's.
+    """
+
+    z_s_BxKxHxWxC: Float[Array, "B K H W C"]
+    z_e_BxKxHxWxC: Float[Array, "B K H W C"]
+    prompt: Conditioning
+    empty: Conditioning
+
+
 def draw_times(
     key: Key[Array, ""], batch: int, sched: Schedule, windows: int = WINDOWS
 ) -> tuple[Int[Array, B], Int[Array, B], Int[Array, B]]:
@@ -108,7 +124,7 @@ def solve_window(
 
 
 def draw_pairs(
-    key: Key[Array, ""],
+    noise_BxHxWxC: Float[Array, "B H W C"],
     z0_BxHxWxC: Float[Array, "B H W C"],
     teacher: Denoise,
     sched: Schedule,
@@ -118,8 +134,7 @@ def draw_pairs(
 ) -> Pairs:
     """Noise latents to each window's start, Eq. (10), and let the teacher solve to its end."""
     abar_s = signal_power(sched, start_B)[:, None, None, None]
-    noise = jax.random.normal(key, z0_BxHxWxC.shape)
-    z_s = jnp.sqrt(abar_s) * z0_BxHxWxC + jnp.sqrt(1 - abar_s) * noise
+    z_s = jnp.sqrt(abar_s) * z0_BxHxWxC + jnp.sqrt(1 - abar_s) * noise_BxHxWxC
     return Pairs(z_s, solve_window(teacher, z_s, start_B, end_B, sched, solver_steps), start_B, end_B)
 
 
@@ -170,7 +185,8 @@ def window_target(
     """
     key_t, key_noise = jax.random.split(key)
     t_B, start_B, end_B = draw_times(key_t, len(z0_BxHxWxC), sched, windows)
-    pairs = draw_pairs(key_noise, z0_BxHxWxC, teacher, sched, start_B, end_B, solver_steps)
+    noise = jax.random.normal(key_noise, z0_BxHxWxC.shape)
+    pairs = draw_pairs(noise, z0_BxHxWxC, teacher, sched, start_B, end_B, solver_steps)
     return chord_target(jax.lax.stop_gradient(pairs), t_B, sched, kind)
 
 
@@ -185,16 +201,14 @@ def regression(
     return jnp.mean(loss, axis=(1, 2, 3))
 
 
-def drop_text(
-    key: Key[Array, ""], prompt: Conditioning, empty: Conditioning, rate: float
-) -> tuple[Conditioning, Array]:
-    """Replace captions by the empty prompt with probability `rate`; also returns which were."""
+def drop_text(key: Key[Array, ""], prompt: Conditioning, empty: Conditioning, rate: float) -> Conditioning:
+    """Replace captions by the empty prompt with probability `rate`."""
     dropped_B = jax.random.bernoulli(key, rate, (len(prompt.pooled_BxP),))
 
     def choose(full: Array, none: Array) -> Array:
         return jnp.where(dropped_B.reshape(-1, *(1,) * (full.ndim - 1)), none, full)
 
-    return jax.tree.map(choose, prompt, empty), dropped_B
+    return jax.tree.map(choose, prompt, empty)
 
 
 def perflow_loss(
@@ -239,10 +253,53 @@ def perflow_loss(
             solver_steps=solver_steps,
             kind=kind,
         )
-        prompt, _ = drop_text(key_drop, batch.prompt, batch.empty, text_drop)
+        prompt = drop_text(key_drop, batch.prompt, batch.empty, text_drop)
         output = conditioned(unet, params, prompt)(target.z_BxHxWxC, target.t_B)
         error_B = regression(output, target.target_BxHxWxC, huber)
         return jnp.mean(error_B), window_metrics(error_B, target.t_B, sched, windows)
+
+    return loss
+
+
+def solved_loss(
+    unet: UNetCall,
+    sched: Schedule,
+    *,
+    windows: int = WINDOWS,
+    kind: Parametrisation = "ddim_eps",
+    text_drop: float = 0.1,
+    huber: float | None = None,
+) -> Loss:
+    """Eq. (12) on windows that the teacher has solved before: a step costs one call of the student.
+
+    A chord serves all its times, which is what makes keeping its ends worth while on a small machine.
+
+    Args:
+        unet: the student's graph.
+        sched: the schedule.
+        windows: K.
+        kind: what the student predicts.
+        text_drop: probability of the empty prompt.
+        huber: width of the Huber loss; None is the squared error.
+
+    Returns:
+        A loss over `Solved`, with the metrics of `perflow_loss`.
+    """
+
+    def loss(params: Any, key: Key[Array, ""], batch: Solved) -> tuple[Float[Array, ""], Metrics]:
+        key_t, key_drop = jax.random.split(key)
+        B, S = len(batch.z_s_BxKxHxWxC), len(sched.abar)
+        t_B, start_B, end_B = draw_times(key_t, B, sched, windows)
+        number_B = windows - start_B * windows // S
+        z_s, z_e = (
+            jnp.take_along_axis(z, number_B[:, None, None, None, None], axis=1)[:, 0].astype(jnp.float32)
+            for z in (batch.z_s_BxKxHxWxC, batch.z_e_BxKxHxWxC)
+        )
+        target = chord_target(Pairs(z_s, z_e, start_B, end_B), t_B, sched, kind)
+        prompt = drop_text(key_drop, batch.prompt, batch.empty, text_drop)
+        output = conditioned(unet, params, prompt)(target.z_BxHxWxC, t_B)
+        error_B = regression(output, target.target_BxHxWxC, huber)
+        return jnp.mean(error_B), window_metrics(error_B, t_B, sched, windows)
 
     return loss
 

@@ -8,14 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megjax.diffusion import Conditioning, perflow, perflow_timesteps, schedule
+from megjax.diffusion import Conditioning, guided, perflow, perflow_timesteps, schedule
 from megjax.diffusion.perflow import velocity, window_edges, window_gains
 from megjax.distill.perflow import (
     Batch,
     Pairs,
+    Solved,
     chord_target,
+    draw_pairs,
     draw_times,
     perflow_loss,
+    solved_loss,
     window_target,
 )
 from megjax.errors import MegError
@@ -191,6 +194,28 @@ def test_loss_is_the_mean_of_its_windows_and_drops_text():
     silent = {**params, "b": jnp.array(0.0)}
     same, _ = perflow_loss(toy_unet, SCHED, text_drop=0.0)(silent, jax.random.key(0), batch)
     assert float(without) == pytest.approx(float(same), rel=1e-6)
+
+
+def test_solved_windows_teach_what_solving_in_the_step_teaches():
+    """On Gaussian data with its exact predictor both losses see the same targets."""
+    batch = toy_batch(2048)
+    edges = [(1000, 750), (750, 500), (500, 250), (250, 0)]
+    ends = []
+    for k, (start, end) in enumerate(edges):
+        start_B, end_B = (jnp.full(2048, x) for x in (start, end))
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(5), k), batch.z0_BxHxWxC.shape)
+        teacher = guided(toy_unet, batch.teacher, batch.prompt, batch.empty, 7.5)
+        ends.append(draw_pairs(noise, batch.z0_BxHxWxC, teacher, SCHED, start_B, end_B))
+    z_s, z_e = (
+        jnp.stack([getattr(p, name) for p in ends], axis=1) for name in ("z_s_BxHxWxC", "z_e_BxHxWxC")
+    )
+    solved = Solved(z_s, z_e, batch.prompt, batch.empty)
+    params = {"w": jnp.array(0.4), "b": jnp.array(0.1)}
+    before, metrics = solved_loss(toy_unet, SCHED)(params, jax.random.key(0), solved)
+    within, others = perflow_loss(toy_unet, SCHED)(params, jax.random.key(0), batch)
+    assert float(before) == pytest.approx(float(within), rel=0.1)
+    for name, value in others.items():
+        assert float(metrics[name]) == pytest.approx(float(value), rel=0.2)
 
 
 def test_huber_is_the_square_for_small_errors():

@@ -1,0 +1,92 @@
+"""Both ends of every window of the teacher's trajectories, solved once and kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from megjax.diffusion import Conditioning, guided
+from megjax.distill.cache import Block, Cache, cached
+from megjax.distill.perflow import draw_pairs
+from megjax.models import time_ids
+from megjax.pipeline.load import Pipeline
+
+
+def solved_windows(
+    pipeline: Pipeline,
+    rows: Cache,
+    empty: tuple[Float[Array, "1 L E"], Float[Array, "1 P"]],
+    folder: Path,
+    key: Mapping[str, Any],
+    batch: int,
+    *,
+    guidance: float,
+    windows: int,
+    solver_steps: int,
+    seed: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Cache:
+    """Rows of `z_s` and `z_e` (K, H, W, C), the noisiest window first, beside those of `encoded_pictures`.
+
+    Args:
+        pipeline: whose U-Net is the teacher.
+        rows: latents and text embeddings.
+        empty: text and pooled embedding of the empty prompt.
+        folder: of all caches.
+        key: all that the rows and the teacher depend on.
+        batch: examples at a time.
+        guidance: of the teacher's solver.
+        windows: K.
+        solver_steps: S.
+        seed: of the noise; each example and window has its own.
+        progress: told the examples done.
+    """
+    S, side = len(pipeline.schedule.abar), pipeline.image_size
+
+    @jax.jit
+    def solve(params: Any, numbers: Array, z0: Array, text: Array, pooled: Array) -> tuple[Array, Array]:
+        B = len(z0)
+        sizes = time_ids(side, side, B)
+        no_text, no_pooled = (jnp.broadcast_to(x, (B, *x.shape[1:])) for x in empty)
+        prompt, no_prompt = Conditioning(text, pooled, sizes), Conditioning(no_text, no_pooled, sizes)
+        teacher = guided(pipeline.unet, params, prompt, no_prompt, guidance)
+        keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(seed), n))(numbers)
+
+        def window(k: Array) -> tuple[Array, Array]:
+            start, end = (jnp.full(B, (windows - i) * S // windows) for i in (k, k + 1))
+            one_key = jax.vmap(lambda key: jax.random.fold_in(key, k))(keys)
+            noise = jax.vmap(lambda key: jax.random.normal(key, z0.shape[1:]))(one_key)
+            pairs = draw_pairs(noise, z0, teacher, pipeline.schedule, start, end, solver_steps)
+            return pairs.z_s_BxHxWxC, pairs.z_e_BxHxWxC
+
+        z_s, z_e = jax.lax.map(window, jnp.arange(windows))
+        return z_s.swapaxes(0, 1), z_e.swapaxes(0, 1)
+
+    def compute(start: int, stop: int) -> Block:
+        blocks = []
+        for at in range(start, stop, batch):
+            numbers = np.arange(at, min(at + batch, stop))
+            # Always the same shape, so that one executable serves all.
+            padded = np.concatenate([numbers, np.repeat(numbers[-1:], batch - len(numbers))])
+            some = [rows[int(n)] for n in padded]
+            stacked = {name: np.stack([row[name] for row in some]) for name in some[0]}
+            given = (stacked[name].astype(np.float32) for name in ("z0", "text", "pooled"))
+            z_s, z_e = solve(pipeline.params["unet"], jnp.asarray(padded), *given)
+            ends = {"z_s": np.asarray(z_s, np.float16), "z_e": np.asarray(z_e, np.float16)}
+            blocks.append({name: x[: len(numbers)] for name, x in (stacked | ends).items()})
+        return Block({name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]})
+
+    own = {
+        "kind": "windows",
+        "guidance": guidance,
+        "windows": windows,
+        "solver_steps": solver_steps,
+        "seed": seed,
+    }
+    return cached(folder, {**key, **own}, len(rows), compute, progress=progress, shard=256)
