@@ -7,6 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
+from safetensors.numpy import load_file
+
 from megjax import weights
 from megjax.diffusion import Schedule, read_schedule
 from megjax.errors import WeightsError
@@ -31,8 +35,8 @@ if TYPE_CHECKING:
 EMBEDDED = {"tiny": Path(__file__).parent.parent / "assets" / "tiny"}
 """Backbones that ship with the package."""
 
-STUDENT, DECODERS = "unet_student", "decoders"
-"""Folders of a distilled backbone, beside diffusers' own: PyTorch diffusers passes over them."""
+STUDENT, DECODERS, GATE = "unet_student", "decoders", "decoders/pruning/gate.safetensors"
+"""Parts of a distilled backbone, beside diffusers' own: PyTorch diffusers passes over them."""
 
 Progress = Callable[[str], None]
 
@@ -49,7 +53,8 @@ class Pipeline:
         vae_decoder: the device's half.
         params: by name: `text_encoder`, `text_encoder_2`, `unet`, `vae_encoder`, `vae_decoder`. A distilled
             backbone also has `student`, the few-step U-Net, and `decoders`, a dict of the distilled decoders
-            by name (`meg`, `split_finetune`, ...), of `unet`'s and `vae_decoder`'s networks.
+            by name (`meg`, `split_finetune`, ...), of `unet`'s and `vae_decoder`'s networks; and `gate`, which
+            tells what MEG-Pruning sends.
         tokenizers: one for each text encoder.
         schedule: the noise schedule.
     """
@@ -130,6 +135,9 @@ def load_pipeline(
     if (folder.path / DECODERS).is_dir():
         names = sorted(part.name for part in (folder.path / DECODERS).iterdir() if part.is_dir())
         params["decoders"] = {name: read(f"{DECODERS}/{name}", decoder.shapes) for name in names}
+    if (folder.path / GATE).is_file():
+        flat = load_file(folder.path / GATE)
+        params["gate"] = unflatten_dict({tuple(k.split("/")): jnp.asarray(v) for k, v in flat.items()})
     return Pipeline(
         name=str(model),
         text_encoders=(networks["text_encoder"], networks["text_encoder_2"]),
