@@ -101,7 +101,7 @@ def _in_parts(value_and_grad: ValueAndGrad, parts: int) -> ValueAndGrad:
     if parts == 1:
         return value_and_grad
 
-    def split(x: Array) -> Array:
+    def split(x: Any) -> Any:
         if x.shape[0] % parts:
             raise MegError(f"batch of {x.shape[0]}: does not divide into {parts} parts to accumulate")
         # Strided, so that on a mesh each part lies on all devices.

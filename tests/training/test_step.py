@@ -1,8 +1,5 @@
 """The update: what is skipped, what is accumulated, what pmap makes of a loss."""
 
-import subprocess
-import sys
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -97,34 +94,3 @@ def test_the_learning_rate_warms_up_and_stays_or_falls():
     np.testing.assert_allclose(falling[[0, 4]], [0.0, 0.1], rtol=1e-4)
     assert np.all(np.diff(falling[4:]) < 0)
     assert falling[39] < 1e-3
-
-
-PMAP = """
-import jax, jax.numpy as jnp, numpy as np
-from functools import partial
-from megjax.training.step import make_step, init_state
-import optax
-
-def loss(params, key, batch):
-    noise = 0.1 * jax.random.normal(key, batch.shape)
-    return jnp.mean(jnp.square(params["x"] - batch + noise)), {}
-
-@partial(jax.pmap, axis_name="replica", in_axes=(None, 0, 0))
-def replicas(params, key, batch):
-    (value, _), grads = jax.value_and_grad(loss, has_aux=True)(params, key, batch)
-    return jax.lax.pmean((value, grads), "replica")
-
-batch = jnp.arange(24.0).reshape(4, 6)
-keys = jax.random.split(jax.random.key(0), 4)
-params = {"x": jnp.ones(6)}
-alone = dict(params)
-for _ in range(3):
-    value, grads = jax.tree.map(lambda x: x[0], replicas(params, keys, batch))
-    singles = [jax.value_and_grad(loss, has_aux=True)(alone, k, b) for k, b in zip(keys, batch)]
-    expected = np.mean([v for (v, _), _ in singles])
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
-    params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
-    mean = jax.tree.map(lambda *g: sum(g) / 4, *[g for _, g in singles])
-    alone = jax.tree.map(lambda p, g: p - 0.1 * g, alone, mean)
-np.testing.assert_allclose(params["x"], alone["x"], rtol=1e-6)
-"""

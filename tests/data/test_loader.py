@@ -1,0 +1,194 @@
+"""The loader: folders, streams and scenes; what is broken; the order, parts and positions of batches."""
+
+import io
+import json
+from itertools import chain
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megjax.data import loader
+from megjax.data.loader import Broken, DataConfig, Example, data_key, open_pictures, shuffled_batches
+from megjax.errors import MegError
+
+
+def png(colour, size=(40, 20)):
+    contents = io.BytesIO()
+    Image.new("RGB", size, colour).save(contents, format="PNG")
+    return contents.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    entries = [{"file_name": f"{i}.png", "text": f"colour {i} "} for i in range(3)]
+    for entry, colour in zip(entries, colours, strict=True):
+        (tmp_path / entry["file_name"]).write_bytes(png(colour))
+    (tmp_path / "cut.png").write_bytes(png((9, 9, 9))[:-20])
+    entries += [
+        {"file_name": "cut.png", "text": "cut short"},
+        {"file_name": "0.png", "text": "  "},
+        {"file_name": "absent.png", "text": "absent"},
+        {"text": "no file"},
+    ]
+    lines = [json.dumps(entry) for entry in entries] + ["{no json"]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_a_folder_is_read_in_order_with_what_is_broken_named(folder):
+    pictures = open_pictures(DataConfig(source=str(folder)), 8)
+    assert pictures.count == 8
+    found = pictures.read(0, 8)
+    whole, broken = found[:3], found[3:]
+    assert [example.caption for example in whole] == ["colour 0", "colour 1", "colour 2"]
+    for channel, example in enumerate(whole):
+        assert example.image_SxSx3.shape == (8, 8, 3)
+        assert np.argmax(example.image_SxSx3[0, 0]) == channel
+    assert all(isinstance(example, Broken) for example in broken)
+    for example, (name, reason) in zip(
+        broken,
+        [
+            ("cut.png", ""),
+            ("0.png", "empty caption"),
+            ("absent.png", "FileNotFoundError"),
+            ("entry 7", "no JSON"),
+            ("entry 8", "no JSON"),
+        ],
+        strict=True,
+    ):
+        assert name in example.name
+        assert reason in example.reason
+    assert pictures.read(1, 2)[0].caption == "colour 1"
+    assert open_pictures(DataConfig(source=str(folder), pictures=2), 8).count == 2
+
+
+def test_the_middle_square_is_upright():
+    picture = Image.new("RGB", (60, 20), (0, 0, 0))
+    picture.paste((255, 255, 255), (20, 0, 40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    picture.putpixel((20, 0), (255, 0, 0))
+    contents = io.BytesIO()
+    picture.save(contents, format="PNG", exif=exif)
+    square = loader.decode_picture(contents.getvalue(), 20)
+    assert square.shape == (20, 20, 3)
+    assert square.mean() > 250
+    np.testing.assert_array_equal(square[19, 19], [255, 0, 0])
+
+
+def test_scenes_are_the_same_in_any_reading_order():
+    pictures = open_pictures(DataConfig(pictures=200, seed=3), 16)
+    some, again = pictures.read(60, 70), pictures.read(64, 66)
+    assert all(isinstance(example, Example) for example in some)
+    for a, b in zip(some[4:6], again, strict=True):
+        np.testing.assert_array_equal(a.image_SxSx3, b.image_SxSx3)
+        assert a.caption == b.caption
+    other = open_pictures(DataConfig(pictures=200, seed=4), 16).read(60, 61)[0]
+    assert not np.array_equal(other.image_SxSx3, some[0].image_SxSx3)
+
+
+def test_a_stream_is_read_forwards_with_small_pictures_passed_over(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows = [
+        {
+            "image": {"bytes": png((i, 0, 0)), "path": None},
+            "text": f"row {i}",
+            "width": 100 * (i % 3),
+            "height": 300,
+        }
+        for i in range(12)
+    ]
+    opened = []
+
+    class Stream:
+        features = None
+
+        def __iter__(self):
+            opened.append(1)
+            return iter(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming: Stream())
+    pictures = open_pictures(DataConfig(source="hf:some/set", pictures=8, min_side=100), 8)
+    first, second = pictures.read(0, 3), pictures.read(3, 5)
+    assert [example.caption for example in first + second] == ["row 1", "row 2", "row 4", "row 5", "row 7"]
+    assert len(opened) == 1
+    assert [example.caption for example in pictures.read(1, 3)] == ["row 2", "row 4"]  # goes back: anew
+    assert len(opened) == 2
+    with pytest.raises(MegError, match=r"ends after 8 pictures"):
+        pictures.read(3, 20)
+
+
+def test_addresses_are_fetched_and_dead_ones_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(png((0, 9, 0)))
+    config = DataConfig(source="hf:x/y", picture="url", caption="caption")
+    row = {"url": (tmp_path / "a.png").as_uri(), "caption": "green"}
+    assert loader._of_row(row, "x/y, row 0", config, 8).caption == "green"
+    dead = loader._of_row({**row, "url": (tmp_path / "b.png").as_uri()}, "x/y, row 1", config, 8)
+    assert "b.png" in dead.name
+    assert "URLError" in dead.reason
+    assert "neither pictures nor addresses" in loader._of_row({**row, "url": 3}, "x", config, 8).reason
+
+
+def test_what_cannot_be_opened_is_said(tmp_path):
+    with pytest.raises(MegError, match=r"metadata\.jsonl: cannot be read"):
+        open_pictures(DataConfig(source=str(tmp_path)), 8)
+    (tmp_path / "metadata.jsonl").write_text("\n")
+    with pytest.raises(MegError, match="names no pictures"):
+        open_pictures(DataConfig(source=str(tmp_path)), 8)
+    with pytest.raises(MegError, match="say how many"):
+        open_pictures(DataConfig(), 8)
+
+
+def test_a_changed_list_of_pictures_is_another_key(folder):
+    config = DataConfig(source=str(folder))
+    before = data_key(config)
+    assert data_key(DataConfig(source=str(folder), max_broken=0.2)) == before
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n')
+    assert data_key(config) != before
+
+
+class Numbers:
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return {"n": np.int64(index)}
+
+
+def taken(iterator, count):
+    return [next(iterator)["n"].tolist() for _ in range(count)]
+
+
+def test_batches_are_shuffled_by_seed_each_epoch_once_and_alike():
+    batches = taken(shuffled_batches(Numbers(20), 4, 7, (0, 1)), 10)
+    first, second = list(chain(*batches[:5])), list(chain(*batches[5:]))
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert first != second
+    assert first != list(range(20))
+    assert taken(shuffled_batches(Numbers(20), 4, 7, (0, 1)), 10) == batches
+    assert taken(shuffled_batches(Numbers(20), 4, 8, (0, 1)), 10) != batches
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_a_batch_in_order_and_go_on_from_each_others_position(processes):
+    whole = taken(shuffled_batches(Numbers(21), 8, 7, (0, 1)), 9)
+    parts = [shuffled_batches(Numbers(21), 8, 7, (i, processes)) for i in range(processes)]
+    taken_5 = [taken(part, 5) for part in parts]
+    assert [list(chain(*rows)) for rows in zip(*taken_5, strict=True)] == whole[:5]
+    # One process takes over at the position of any of them.
+    alone = shuffled_batches(Numbers(21), 8, 7, (0, 1))
+    position = parts[-1].get_state()
+    alone.set_state(json.loads(json.dumps(position)))
+    assert taken(alone, 4) == whole[5:]
+
+
+def test_batches_that_cannot_be_are_refused():
+    with pytest.raises(MegError, match="at most the 3 examples"):
+        shuffled_batches(Numbers(3), 4, 0, (0, 1))
+    with pytest.raises(MegError, match="divide by the 3 processes"):
+        shuffled_batches(Numbers(9), 4, 0, (0, 3))

@@ -1,0 +1,131 @@
+"""The loop: resuming with a position in the data, SIGTERM, steps that are not finite, logs and speed."""
+
+import json
+import os
+import signal
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from megjax.errors import MegError
+from megjax.training.logs import Report, Work
+from tests.training.runs import KEY, Counting, events, loss, records, run
+
+
+def test_an_interrupted_run_is_the_same_run(tmp_path):
+    whole, stopped = run(tmp_path / "a", 9), [run(tmp_path / "b", n) for n in (1, 4, 9)]
+    chex.assert_trees_all_equal(whole, stopped[-1])
+
+
+def test_sigterm_saves_and_exits_with_0(tmp_path, capsys):
+    class Terminated(Counting):
+        def __next__(self):
+            if self.at == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__next__()
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, 9, batches=Terminated(), checkpoint_every=100)
+    assert stop.value.code == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "stopped at step 5 of 9, which is saved; to resume: " in capsys.readouterr().err
+    assert (tmp_path / "run" / "5").is_dir()
+    chex.assert_trees_all_equal(run(tmp_path, 9), run(tmp_path.parent / "whole", 9))
+
+
+def bad_from(first, last=10**9):
+    def bad(params, key, batch):
+        value, metrics = loss(params, key, batch["x"])
+        return jnp.where((batch["i"] >= first) & (batch["i"] < last), jnp.nan, value), metrics
+
+    return {
+        "loss": bad,
+        "batches": None,
+        "batch_at": lambda i: {"x": np.ones(3, np.float32), "i": np.int32(i)},
+    }
+
+
+def test_skipped_steps_are_counted_and_leave_the_means_alone(tmp_path):
+    run(tmp_path, 6, **bad_from(1, 3), every=6)
+    assert [event.partition(":")[0] for event in events(tmp_path)] == ["step 1", "step 2"]
+    (record,) = [r for r in records(tmp_path) if "loss" in r]
+    assert record["skipped"] == 2
+    assert 0 < record["loss"] < 10
+    metadata = json.loads((tmp_path / "run" / "6" / "_CHECKPOINT_METADATA").read_text())
+    assert metadata["custom_metadata"]["skipped"] == 2
+    assert metadata["custom_metadata"]["in_a_row"] == 0
+
+
+def test_ten_in_a_row_end_the_run_with_the_step_saved(tmp_path):
+    import orbax.checkpoint as ocp
+
+    with pytest.raises(MegError, match="step 12: loss or gradient was not finite for 10 steps in a row"):
+        run(tmp_path, 40, **bad_from(3), checkpoint_every=5)
+    failed = tmp_path / "run.failed"
+    assert json.loads((failed / "step.json").read_text()) == {
+        "step": 12,
+        "key": np.asarray(jax.random.key_data(KEY)).tolist(),
+    }
+    batch = np.load(failed / "batch_0.npz")
+    assert batch["['i']"] == 12
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore((failed / "state").absolute())
+    # Nothing has moved since the last finite step.
+    chex.assert_trees_all_equal(state["params"], run(tmp_path / "good", 3, **bad_from(3)).params)
+
+
+def test_the_count_survives_a_restart(tmp_path):
+    run(tmp_path, 7, **bad_from(3))
+    with pytest.raises(MegError, match="step 12"):
+        run(tmp_path, 40, **bad_from(3))
+
+
+def test_the_log_of_a_resumed_run_has_each_step_once(tmp_path):
+    run(tmp_path, 6)
+    log = tmp_path / "run.jsonl"
+    # Killed while writing, after its last checkpoint.
+    log.write_text(log.read_text() + json.dumps({"step": 9, "loss": 0.0}) + '\n{"step": 12, "lo')
+    run(tmp_path, 9)
+    assert [r["step"] for r in records(tmp_path)] == [3, 6, 9]
+
+
+def test_evaluations_are_logged_with_their_pictures(tmp_path):
+    def evaluate(state):
+        return Report({"error": float(state.params["x"][0])}, {"grid": np.full((4, 6, 3), 0.5, np.float32)})
+
+    run(tmp_path, 4, evaluate=evaluate, evaluate_every=2, every=4)
+    assert [r["step"] for r in records(tmp_path) if "error" in r] == [2, 4]
+    assert sorted(p.name for p in (tmp_path / "run-pictures").iterdir()) == [
+        "grid-00000002.png",
+        "grid-00000004.png",
+    ]
+
+
+def test_speed_is_told_in_steps_images_and_flops(tmp_path):
+    work = Work(images=8, flops=1e9, peak_flops_per_s=1e12)
+    run(tmp_path, 6, work=work)
+    last = records(tmp_path)[-1]
+    np.testing.assert_allclose(last["images_per_s"], 8 * last["steps_per_s"], rtol=1e-6)
+    np.testing.assert_allclose(last["flop_utilisation"], last["steps_per_s"] / 1e3, rtol=1e-6)
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboardX")
+
+    def evaluate(state):
+        return Report({"error": 1.0}, {"grid": np.zeros((4, 6, 3), np.float32)})
+
+    run(tmp_path, 3, tensorboard=True, evaluate=evaluate)
+    (events,) = (tmp_path / "tensorboard" / "run").iterdir()
+    contents = events.read_bytes()
+    assert b"run/loss" in contents
+    assert b"run/grid" in contents
+
+
+def test_one_source_of_batches_is_needed(tmp_path):
+    with pytest.raises(MegError, match="one of batch_at and batches"):
+        run(tmp_path, 3, batches=None)
