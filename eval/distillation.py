@@ -1,0 +1,226 @@
+"""`python -m eval.distillation`: what distillation is worth, on fresh captions of `scenes`.
+
+    python -m eval.distillation --model tiny --captions 500 --pictures 2000
+
+Two parts. The diffuser: captions drawn right at each number of steps beside the teacher's 50, and errors of
+its pictures against the teacher's from the same noise and against the student's own 12 steps. The decoders, at
+one PSNR with paired noise: *compression* (T = 12, where reference and sent latent agree, so that only merging
+and noise count) and *system* (T = 7; 8 and 12 for the Split pair), against T = 12 through the frozen decoder.
+Means have 95 % intervals over pictures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jaxtyping import Array, Float
+from rich.progress import track
+
+from eval.captions import check
+from eval.suite.methods import LABELS, Name, bits, level_at, method
+from megjax.allocator import keep_freed_memory
+from megjax.data.grammar import captions
+from megjax.data.scenes import sample_scenes
+from megjax.diffusion import Conditioning
+from megjax.models import Params
+from megjax.pipeline import Pipeline, load_pipeline
+from megjax.pipeline.split import Sampler, condition, decode, denoise, unet_params
+from megjax.text import tokenize
+
+STEPS = (4, 6, 8, 10, 12)
+RATIOS = tuple(round(0.05 * i, 2) for i in range(20))
+SENT_RATIO = 0.4
+"""MEG's in the comparison with pruning at equal bits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to measure."""
+
+    model: str = "tiny"
+    """A distilled backbone."""
+    captions: int = 500
+    """For the diffuser; 0 leaves it out."""
+    pictures: int = 2000
+    """For the decoders; 0 leaves them out."""
+    batch: int = 50
+    teacher_guidance: float = 3.0
+    """Of the teacher, in its pictures and in the windows that the student learned from."""
+    guidance: float = 2.5
+    """Of the student in the system."""
+    psnr_db: float = 10.0
+    seed: int = 2025
+    output: Path | None = None
+    """Also write the figures here, as JSON."""
+
+
+class Prompts(NamedTuple):
+    """A batch of fresh captions, with the noise that every method starts from."""
+
+    texts: list[str]
+    prompt: Conditioning
+    empty: Conditioning
+    noise_BxHxWxC: Array
+    key: Array
+
+
+def fresh_prompts(pipeline: Pipeline, key: Array, batch: int) -> Prompts:
+    """Draw captions and noise."""
+    key_scene, key_noise, key_air = jax.random.split(key, 3)
+    texts = captions(sample_scenes(key_scene, batch))
+    size = (pipeline.image_size,) * 2
+    ids = jnp.asarray(tokenize(pipeline.tokenizers, texts))
+    none = jnp.asarray(tokenize(pipeline.tokenizers, [""] * batch, allow_empty=True))
+    prompt, empty = (condition(pipeline, pipeline.params, i, size=size) for i in (ids, none))
+    config = pipeline.unet.config
+    shape = (batch, config.sample_size, config.sample_size, config.in_channels)
+    return Prompts(texts, prompt, empty, jax.random.normal(key_noise, shape), key_air)
+
+
+def draw(
+    pipeline: Pipeline, prompts: Prompts, sampler: Sampler, steps: int, guidance: float
+) -> Float[Array, "B H W C"]:
+    """Latents; guidance 1 is one call of the U-Net a step."""
+    noise = prompts.noise_BxHxWxC
+    empty = None if guidance == 1.0 else prompts.empty
+    params, _ = unet_params(pipeline, sampler)
+    start = jnp.zeros_like(noise)
+    return denoise(
+        pipeline, params, noise, prompts.prompt, empty, steps, guidance, start, 1.0, sampler=sampler
+    )
+
+
+def interval(values: Float[np.ndarray, " n"]) -> dict[str, float]:
+    """Mean and the half width of its 95 % interval over pictures."""
+    return {"mean": float(values.mean()), "ci95": float(1.96 * values.std(ddof=1) / len(values) ** 0.5)}
+
+
+def squared_errors(a_BxHxWx3: Array, b_BxHxWx3: Array) -> np.ndarray:
+    """Each picture's mean squared error."""
+    return np.asarray(jnp.mean(jnp.square(a_BxHxWx3 - b_BxHxWx3), axis=(1, 2, 3)))
+
+
+def diffuser(pipeline: Pipeline, config: Config) -> dict[str, Any]:
+    """Captions drawn right, and distances between pictures from the same noise."""
+    frozen = pipeline.params["vae_decoder"]
+    right: dict[str, list[bool]] = {}
+    errors: dict[str, list[np.ndarray]] = {}
+
+    def add(name: str, values: np.ndarray) -> None:
+        errors.setdefault(name, []).append(values)
+
+    for i in track(range(0, config.captions, config.batch), "diffuser"):
+        prompts = fresh_prompts(pipeline, jax.random.fold_in(jax.random.key(config.seed), i), config.batch)
+
+        def picture(sampler: Sampler, steps: int, guidance: float, prompts: Prompts = prompts) -> Array:
+            return decode(pipeline, frozen, draw(pipeline, prompts, sampler, steps, guidance))
+
+        teacher = picture("ddim", 50, config.teacher_guidance)
+        drawn = {"teacher 50": teacher}
+        alone = {steps: picture("perflow", steps, 1.0) for steps in STEPS}
+        guided = {steps: picture("perflow", steps, config.guidance) for steps in STEPS}
+        for steps in STEPS:
+            drawn[f"student {steps}, guidance 1"] = alone[steps]
+            drawn[f"student {steps}, guidance {config.guidance:g}"] = guided[steps]
+            add(f"student {steps} to teacher", squared_errors(alone[steps], teacher))
+            ddim = picture("ddim", steps, config.teacher_guidance)
+            add(f"ddim {steps} to teacher", squared_errors(ddim, teacher))
+        for steps, after in itertools.pairwise(STEPS):
+            add(f"student {steps} to its 12", squared_errors(guided[steps], guided[12]))
+            add(
+                f"student {steps} less {after}, to its 12",
+                squared_errors(guided[steps], guided[12]) - squared_errors(guided[after], guided[12]),
+            )
+        for name, images in drawn.items():
+            right.setdefault(name, []).extend(check(np.asarray(images), prompts.texts).right_B.tolist())
+    return {
+        "captions_right": {name: float(np.mean(values)) for name, values in right.items()},
+        "mse": {name: interval(np.concatenate(values)) for name, values in errors.items()},
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def received_pictures(
+    pipeline: Pipeline, name: Name, params: Params, key: Array, z_BxHxWxC: Array, level: Array, psnr_db: Array
+) -> Array:
+    """What a baseline's device shows; `params` are the pipeline's."""
+    way = method(dataclasses.replace(pipeline, params=params), name)
+    keys = jax.random.split(key, len(z_BxHxWxC))
+    z = jax.vmap(way.send, in_axes=(0, 0, None, None))(keys, z_BxHxWxC, level, psnr_db)
+    return decode(pipeline, way.decoder, z)
+
+
+def decoders(pipeline: Pipeline, config: Config) -> dict[str, Any]:
+    """Errors of every decoder at one PSNR, in both views."""
+    frozen, psnr_db = pipeline.params["vae_decoder"], jnp.float32(config.psnr_db)
+    z_shape = (pipeline.unet.config.sample_size,) * 2 + (pipeline.unet.config.in_channels,)
+    sent = bits("meg", z_shape, SENT_RATIO)
+    levels: dict[Name, tuple[float, ...]] = {
+        "split": (0.0,),
+        "split_finetune": (0.0,),
+        "pruning": (level_at("pruning", z_shape, sent),),
+        "pruning_magnitude": (level_at("pruning_magnitude", z_shape, sent),),
+        "meg": RATIOS,
+    }
+    views: dict[str, dict[Name, tuple[int, ...]]] = {
+        "compression": dict.fromkeys(levels, (12,)),
+        "system": {name: (8, 12) if name.startswith("split") else (7,) for name in levels},
+    }
+    errors: dict[str, list[np.ndarray]] = {}
+    for i in track(range(0, config.pictures, config.batch), "decoders"):
+        key = jax.random.fold_in(jax.random.key(config.seed + 1), i)
+        prompts = fresh_prompts(pipeline, key, config.batch)
+        latents = {T: draw(pipeline, prompts, "perflow", T, config.guidance) for T in (7, 8, 12)}
+        reference = decode(pipeline, frozen, latents[12])
+        floor = squared_errors(decode(pipeline, frozen, latents[7]), reference)
+        errors.setdefault("system/diffuser alone/T 7", []).append(floor)
+        for view, methods in views.items():
+            for name, steps in methods.items():
+                for T, level in itertools.product(steps, levels[name]):
+                    image = received_pictures(
+                        pipeline, name, pipeline.params, prompts.key, latents[T], jnp.float32(level), psnr_db
+                    )
+                    place = f"{view}/{name}/T {T}/{level:.4g}"
+                    errors.setdefault(place, []).append(squared_errors(image, reference))
+    flat = {name: np.concatenate(values) for name, values in errors.items()}
+    steps = [
+        flat[f"compression/meg/T 12/{after:.4g}"] - flat[f"compression/meg/T 12/{before:.4g}"]
+        for before, after in itertools.pairwise(RATIOS)
+    ]
+    return {
+        "bits": {"latent": bits("split", z_shape, 0.0), "sent": sent},
+        "labels": LABELS,
+        "mse": {name: interval(values) for name, values in flat.items()},
+        "meg_rise_per_step": [interval(step) for step in steps],
+    }
+
+
+def main(config: Config) -> None:
+    """Measure and print."""
+    keep_freed_memory()
+    pipeline = load_pipeline(config.model)
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "output"}
+    result: dict[str, Any] = {"settings": settings}
+    if config.captions:
+        result["diffuser"] = diffuser(pipeline, config)
+    if config.pictures:
+        result["decoders"] = decoders(pipeline, config)
+    text = json.dumps(result, indent=2)
+    print(text)
+    if config.output is not None:
+        temporary = config.output.with_suffix(".tmp")
+        temporary.write_text(text + "\n")
+        temporary.replace(config.output)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
