@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 
 from eval.merging.curves import Curve, mse_at, ratio_to
 from eval.merging.methods import DEFAULT, TOMESD, Method, methods
@@ -38,6 +39,8 @@ DRAWN = (
     "lower precision",
 )
 """The plot's lines; the table has all methods."""
+FIGURES = "## Figures"
+"""The heading in a document below which all is written by the study."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,8 @@ class MergingStudyConfig:
     """Pictures that are decoded at once."""
     seed: int = 0
     folder: Path = Path("runs/merging")
+    document: Path | None = None
+    """A page such as `docs/merging-study.md`, whose figures, from `## Figures` on, are written anew."""
 
 
 class Pictures(NamedTuple):
@@ -69,12 +74,13 @@ def run(config: MergingStudyConfig) -> dict[str, Any]:
     """Run the study; writes `results.json`, `table.md` and `merging-study.png` to `config.folder`.
 
     Raises:
-        MegError: fewer than two pictures of a kind, or a batch below 1.
+        MegError: fewer than two pictures of a kind, a batch below 1, or a document that has no figures.
     """
     if min(config.scenes, config.crops) < 2 or config.batch < 1:
         raise MegError(
             f"{config.scenes} scenes, {config.crops} crops, batch {config.batch}: need 2 of each, 1 a batch"
         )
+    prose = None if config.document is None else prose_of(config.document)
     pipeline = load_pipeline(config.model)
     pictures = {
         "scenes": scenes(pipeline, config),
@@ -108,7 +114,25 @@ def run(config: MergingStudyConfig) -> dict[str, Any]:
     write(config.folder / "results.json", json.dumps(results, indent=1))
     write(config.folder / "table.md", table(results))
     plot(results, config.folder / "merging-study.png")
+    if config.document is not None:
+        write(config.document, f"{prose}{FIGURES}\n\n{table(results)}")
+        plot(results, config.document.parent / "images" / "merging-study.png")
     return results
+
+
+def prose_of(document: Path) -> str:
+    """Return a page's text before its figures.
+
+    Raises:
+        MegError: a page that cannot be read or has none.
+    """
+    try:
+        prose, found, _ = document.read_text().partition(f"\n{FIGURES}\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MegError(f"document {document}: cannot be read ({error})") from None
+    if not found:
+        raise MegError(f"document {document}: has no line {FIGURES!r}, after which the figures go")
+    return f"{prose}\n"
 
 
 def scenes(pipeline: Pipeline, config: MergingStudyConfig) -> Pictures:
@@ -184,35 +208,41 @@ def summary(baseline: Curve, curve: Curve) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return the Markdown tables, MSE in units of 1e-4."""
-    lines = []
-    for kind, of_kind in results["kinds"].items():
+    """Return the Markdown tables: every method over the baseline, then each kind of pictures."""
+    kinds: dict[str, Any] = results["kinds"]
+    lines = ["MSE over the baseline's at equal bits:", ""]
+    lines += ["| method | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
+    for name in next(iter(kinds.values()))["methods"]:
+        cells = [over_baseline(of_kind["methods"][name]) for of_kind in kinds.values()]
+        lines.append(f"| {label(results, name)} | " + " | ".join(cells) + " |")
+    lines += ["", "MSE in units of 1e-4 at shares of the latent's bits:"]
+    for kind, of_kind in kinds.items():
         lines += [
+            "",
             f"### {of_kind['pictures']} {kind}, autoencoder alone {of_kind['autoencoder_psnr_db']:.2f} dB",
             "",
-            "| method | " + " | ".join(f"{100 * s:.0f} %" for s in results["shares"]) + " | over baseline |",
-            "|---" * (len(results["shares"]) + 2) + "|",
+            "| method | " + " | ".join(f"{100 * s:.0f} %" for s in results["shares"]) + " |",
+            "|---" * (len(results["shares"]) + 1) + "|",
         ]
         for name, figures in of_kind["methods"].items():
             cells = ["-" if mse is None else f"{1e4 * mse:.3g}" for mse in figures["mse_at_shares"]]
-            ratio = figures["ratio_to_baseline"]
-            over = "-" if ratio is None else "{value:.3g} [{low:.3g}, {high:.3g}]".format(**ratio)
-            name = f"**{name}**" if name == results["default"] else name
-            lines.append(f"| {name} | " + " | ".join([*cells, over]) + " |")
-        lines.append("")
+            lines.append(f"| {label(results, name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Draw MSE against bits, one panel for each kind of pictures.
+def label(results: dict[str, Any], name: str) -> str:
+    """Return a method's name, bold for the default."""
+    return f"**{name}**" if name == results["default"] else name
 
-    Raises:
-        MegError: if matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MegError("matplotlib is not installed; `pip install 'megjax[pretrain]'`") from None
+
+def over_baseline(figures: dict[str, Any]) -> str:
+    """Return a method's ratio to the baseline with its interval, or a dash."""
+    ratio = figures["ratio_to_baseline"]
+    return "-" if ratio is None else "{value:.3g} [{low:.3g}, {high:.3g}]".format(**ratio)
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draw MSE against bits, one panel for each kind of pictures."""
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, (kind, of_kind) in zip(panels, results["kinds"].items(), strict=True):

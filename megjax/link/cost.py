@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
-Real: TypeAlias = float | int | Shaped[Array, "..."]
+from megjax.link.channel import Real
 
 
 class Workload(NamedTuple):

@@ -21,7 +21,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import ml_dtypes
 import numpy as np
@@ -41,7 +41,7 @@ VERSION = 1
 HEADER_BYTES = 32
 _HEADER = struct.Struct("<BBHHHfff8s")
 _DTYPES = (np.dtype("<f2"), np.dtype(ml_dtypes.bfloat16), np.dtype("i1"))
-_NAMES: tuple[WireDtype, ...] = ("float16", "bfloat16", "int8")
+_NAMES: tuple[WireDtype, ...] = get_args(WireDtype)
 _STRIP, _TWO_ROUNDS = 4, 8
 
 
@@ -81,9 +81,15 @@ def encode(
         layout: how tokens make up the latent.
 
     Raises:
-        MegError: features that are not finite or do not fit `dtype`; counts, shapes or sizes that disagree.
+        MegError: features that are not finite or do not fit `dtype`; counts, shapes or sizes that disagree;
+            an unknown `dtype` or `layout`.
     """
     check_grid(grid)
+    for name, value, known in (("dtype", dtype, _NAMES), ("layout", layout, get_args(WireLayout))):
+        if value not in known:
+            raise MegError(f"{name} {value!r}: choose from {', '.join(known)}")
+    if np.shape(key_data) != (2,):
+        raise MegError(f"key data of shape {np.shape(key_data)}: the wire carries threefry2x32 keys, (2,)")
     rows, channels = features_MxD.shape
     rounds: Rounds = 2 if len(index_map) == 2 else 1
     ratio = np.float32(np.asarray(ratio))

@@ -53,8 +53,6 @@ def pack(
     if plan.row_N.ndim != 1:
         raise MegError(f"plans of {plan.row_N.shape[:-1]} pictures: a message holds one, pack each alone")
     key_data = np.asarray(jax.random.key_data(key))
-    if key_data.shape != (2,):
-        raise MegError(f"key of {key_data.shape[-1]} words: the wire carries threefry2x32 keys of 2")
     features_MxD = np.asarray(merged_MxD, np.float32)[: int(plan.count)]
     index_map = [(np.asarray(r.merged_A), np.asarray(r.best_A)) for r in plan.rounds]
     return wire.encode(

@@ -103,10 +103,8 @@ def check(request: Request, pipeline: Pipeline) -> None:
     limit = MAX_RATIO[request.rules]
     if not 0 <= request.ratio <= limit:
         raise MegError(f"ratio {request.ratio}: from 0 to {limit} are allowed")
-    if math.isnan(request.psnr_db) or request.psnr_db == -math.inf:
-        raise MegError(
-            f"psnr_db {request.psnr_db}: any number of dB is allowed, or inf for a perfect channel"
-        )
+    if not request.psnr_db >= -100:
+        raise MegError(f"psnr_db {request.psnr_db}: from -100 dB to inf, a perfect channel, are allowed")
     if not math.isfinite(request.guidance) or request.guidance < 0:
         raise MegError(f"guidance {request.guidance}: finite numbers from 0 on are allowed")
     if not 0 < request.strength <= 1:
@@ -158,7 +156,7 @@ def generate_each(
 
     Args:
         pipeline: from `load_pipeline`.
-        requests: what to generate.
+        requests: what to generate, at least one.
         init_image_HxWx3: see `generate`.
         on_stage: see `generate`.
 
@@ -177,27 +175,31 @@ def generate_each(
             raise MegError(
                 "requests: they may differ in steps, ratio and psnr_db alone; generate others apart"
             )
+    height, width = (side // pipeline.vae_decoder.config.downsampling for side in _size(pipeline, first))
+    grid, channels = token_grid(height, width), pipeline.vae_decoder.config.latent_channels
+    # Before anything runs: a ratio may be beyond what so small a grid can merge.
+    bits = [
+        payload_bits(request.ratio, grid[0] * grid[1], 4 * channels, rules=request.rules, grid=grid)
+        for request in requests
+    ]
     latents = _denoiser(pipeline, first, init_image_HxWx3, on_stage)
     key_link = _keys(first)[1]
     on_stage("reference")
     reference = _picture(pipeline, pipeline.params["vae_decoder"], latents(REFERENCE_STEPS, 0.0))
-    for request in requests:
+    for request, payload in zip(requests, bits, strict=True):
         z_1xHxWxC = latents(request.steps, request.tome_ratio)
         on_stage("channel")
         received = send(key_link, z_1xHxWxC, request.ratio, request.psnr_db, rules=request.rules)
         on_stage("VAE decoder")
         image = _picture(pipeline, pipeline.device_decoder, received.z_BxHxWxC)
         mse = float(np.mean(np.square(image - reference), dtype=np.float64))
-        grid = token_grid(*z_1xHxWxC.shape[1:3])
-        tokens, values = grid[0] * grid[1], 4 * z_1xHxWxC.shape[3]
-        yield Generated(
-            image,
-            reference,
-            int(received.tokens_B[0]),
-            int(payload_bits(request.ratio, tokens, values, rules=request.rules, grid=grid)),
-            mse,
-            -10 * math.log10(mse) if mse else math.inf,
-        )
+        psnr_db = -10 * math.log10(mse) if mse else math.inf
+        yield Generated(image, reference, int(received.tokens_B[0]), int(payload), mse, psnr_db)
+
+
+def _size(pipeline: Pipeline, request: Request) -> tuple[int, int]:
+    """Height and width of the pictures; pixels."""
+    return request.height or pipeline.image_size, request.width or pipeline.image_size
 
 
 def _keys(request: Request) -> tuple[jax.Array, jax.Array]:
@@ -213,7 +215,7 @@ def _denoiser(
     on_stage: Callable[[str], None],
 ) -> Callable[[int, float], jax.Array]:
     """Encode prompt and picture; return the latents as a function of the steps and the ToMe ratio."""
-    height, width = request.height or pipeline.image_size, request.width or pipeline.image_size
+    height, width = _size(pipeline, request)
     if init_image_HxWx3 is not None and init_image_HxWx3.shape != (height, width, 3):
         raise MegError(
             f"the picture to start from is {init_image_HxWx3.shape}; resize it to {height, width, 3}"

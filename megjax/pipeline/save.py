@@ -62,9 +62,12 @@ def save_pipeline(
             write_tokenizer(temporary / part)
         _write_json(temporary / "scheduler" / "scheduler_config.json", _scheduler(schedule))
         _write_json(temporary / "model_index.json", INDEX)
+        # The old folder goes once the new one has its name.
+        old = temporary.with_name(f"{temporary.name}-old")
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(old)
         temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

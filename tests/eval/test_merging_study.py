@@ -185,7 +185,6 @@ def test_the_ratio_is_paired_and_at_equal_bits():
 
 def test_the_study_runs_and_writes(tmp_path, monkeypatch):
     pytest.importorskip("skimage")
-    pytest.importorskip("matplotlib")
     # Plain functions in the networks' places: pictures are shrunk and blown up fourfold.
     few = {m.TOMESD: m.precision(), m.DEFAULT: m.pooled()}
     network = types.SimpleNamespace(image_size=64, params={"vae_encoder": None, "vae_decoder": None})
@@ -194,12 +193,22 @@ def test_the_study_runs_and_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "decode", lambda *a: a[2][..., :3].repeat(4, axis=1).repeat(4, axis=2))
     monkeypatch.setattr(study, "methods", lambda: few)
     monkeypatch.setattr(study, "DRAWN", tuple(few))
-    folder = tmp_path / "runs"
-    config = study.MergingStudyConfig(scenes=3, crops=2, batch=4, psnr_db=20.0, folder=folder)
+    folder, document = tmp_path / "runs", tmp_path / "study.md"
+    config = study.MergingStudyConfig(
+        scenes=3, crops=2, batch=4, psnr_db=20.0, folder=folder, document=document
+    )
+    document.write_text("Prose.\n\n## Other\n")
+    with pytest.raises(MegError, match="has no line '## Figures'"):
+        study.run(config)
+    document.write_text("Prose.\n\n## Figures\n\nOld.\n")
+    (tmp_path / "images").mkdir()
     results = study.run(config)
     assert json.loads((folder / "results.json").read_text()) == results
     assert (folder / "merging-study.png").read_bytes().startswith(b"\x89PNG")
-    assert (folder / "table.md").read_text().count("| **") == 2
+    table = (folder / "table.md").read_text()
+    assert table.count("| **") == 3
+    assert document.read_text() == f"Prose.\n\n## Figures\n\n{table}"
+    assert (tmp_path / "images" / "merging-study.png").is_file()
     of_scenes = results["kinds"]["scenes"]
     assert of_scenes["pictures"] == 3
     assert of_scenes["methods"][m.TOMESD]["ratio_to_baseline"] == {"value": 1.0, "low": 1.0, "high": 1.0}

@@ -185,6 +185,7 @@ def test_senders_mistakes_are_named():
         ({"ratio": 2.0}, "ratio from 0 to 1"),
         ({"grid": (6, 7)}, "22 rows: ratio 0.4"),
         ({"grid": (70000, 1)}, "from 1 to 65535"),
+        ({"key_data": np.zeros(4, np.uint32)}, r"key data of shape \(4,\)"),
     ):
         with pytest.raises(MegError, match=reason):
             wire.encode(features, index_map, **(good | change))

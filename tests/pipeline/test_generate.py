@@ -117,6 +117,7 @@ def test_workload_counts_this_backbone(pipeline):
         ({"strength": 0.0}, "above 0"),
         ({"seed": -1}, "seed"),
         ({"height": 65}, "multiples of 8"),
+        ({"height": 8}, "1 x 8 tokens, two rounds at most 0"),
         ({"prompt": ""}, "empty"),
         ({"prompt": "red " * 200}, "30 at most"),
     ],
