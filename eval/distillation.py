@@ -2,8 +2,8 @@
 
     python -m eval.distillation --model tiny --captions 500 --pictures 2000
 
-Two parts. The diffuser: captions drawn right at each number of steps beside the teacher's 50, and errors of
-its pictures against the teacher's from the same noise and against the student's own 12 steps. The decoders, at
+Two parts. The diffuser: captions drawn right at each number of steps beside the teacher's 50, and errors
+of its pictures against the teacher's from the same noise and its own 12 steps. The decoders, at
 one PSNR with paired noise: *compression* (T = 12, where reference and sent latent agree, so that only merging
 and noise count) and *system* (T = 7; 8 and 12 for the Split pair), against T = 12 through the frozen decoder.
 Means have 95 % intervals over pictures.

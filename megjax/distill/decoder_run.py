@@ -28,7 +28,7 @@ from megjax.distill.decoder import (
     magnitude_pruned,
     merged,
 )
-from megjax.distill.encoding import sampled_latents
+from megjax.distill.encoding import encoded_latents, sampled_latents
 from megjax.distill.export import save_weights
 from megjax.distill.pruning import init_gate
 from megjax.errors import MegError
@@ -51,6 +51,10 @@ class DecoderConfig:
     """Which decoder to distil, and how."""
 
     method: Method = "meg"
+    latents: Literal["sampled", "encoded"] = "sampled"
+    """Of the student after 4 to 12 steps, or pictures' own, which need no U-Net."""
+    start: Path | None = None
+    """A distilled decoder's folder to go on from, instead of the frozen decoder."""
     model: str = "tiny"
     """Whose latents and frozen decoder: with a few-step student, or its teacher is sampled."""
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(pictures=4096))
@@ -173,6 +177,14 @@ def _start(config: DecoderConfig, pipeline: Pipeline, decoder: Network, key: Key
     """The frozen decoder's weights, or random ones at another width; and the gate."""
     key_decoder, key_gate = jax.random.split(key)
     params: Params = {}
+    if config.start is not None:
+        started, own, gate = load_decoder(config.start)
+        if started.config != decoder.config or (config.method == "pruning") != (gate is not None):
+            raise MegError(f"{config.start}: a decoder of another width or method; start from one like this")
+        params["decoder"] = own
+        if gate is not None:
+            params["gate"] = gate
+        return params
     if decoder.config == pipeline.vae_decoder.config:
         own = pipeline.params["vae_decoder"]
         params["decoder"] = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), own)
@@ -193,15 +205,7 @@ def train_decoder(config: DecoderConfig) -> Path:
     """
     mesh = make_mesh(config.replicas, config.fsdp)
     pipeline = load_pipeline(config.model, Options(config.dtype, config.dtype))
-    rows = sampled_latents(
-        pipeline,
-        config.data,
-        config.cache,
-        config.sample_batch,
-        {"dtype": config.dtype},
-        guidance=config.guidance,
-        seed=config.seed,
-    )
+    rows = _rows(config, pipeline)
     if len(rows) < config.held_out + config.batch:
         raise MegError(
             f"{len(rows)} examples: {config.held_out} are held out and a batch has {config.batch}; take more"
@@ -237,6 +241,13 @@ def train_decoder(config: DecoderConfig) -> Path:
         gate = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(state.ema["gate"]).items()}
         save_file(gate, folder / GATE)
     return folder
+
+
+def _rows(config: DecoderConfig, pipeline: Pipeline) -> Cache:
+    where = (pipeline, config.data, config.cache, config.sample_batch, {"dtype": config.dtype})
+    if config.latents == "encoded":
+        return encoded_latents(*where)
+    return sampled_latents(*where, guidance=config.guidance, seed=config.seed)
 
 
 def load_decoder(folder: Path) -> tuple[Network, Params, Params | None]:

@@ -63,6 +63,31 @@ def encoded_pictures(
     return _build(pipeline, folder, key, data, batch, arrays)
 
 
+def encoded_latents(
+    pipeline: Pipeline, data: DataConfig, folder: Path, batch: int, preset: Mapping[str, Any]
+) -> Cache:
+    """Rows as `sampled_latents` gives them, with pictures' own latents for samples: no U-Net runs.
+
+    Args:
+        pipeline: whose autoencoder runs.
+        data: which pictures.
+        folder: of all caches.
+        batch: pictures at a time.
+        preset: see `encoded_pictures`.
+    """
+    params = _spread({name: pipeline.params[name] for name in ("vae_encoder", "vae_decoder")})
+
+    def arrays(examples: Sequence[Example], numbers: Sequence[int]) -> dict[str, Any]:
+        del numbers
+        image = np.stack([example.image_SxSx3 for example in examples]).astype(np.float32) / 255
+        z = encode(pipeline, params["vae_encoder"], _split(image))
+        picture = np.asarray(decode(pipeline, params["vae_decoder"], z))
+        return {"z": np.asarray(z)[:, None], "picture": np.round(picture * 255).astype(np.uint8)}
+
+    key = {"kind": "latents", "preset": dict(preset), "model": model_key(pipeline, ("vae",))}
+    return _build(pipeline, folder, key, data, batch, arrays)
+
+
 def sampled_latents(
     pipeline: Pipeline,
     data: DataConfig,
