@@ -7,12 +7,14 @@ import sys
 import tyro
 
 from configs.distill_decoder import PRESETS
+from megjax.allocator import keep_freed_memory
 from megjax.distill.decoder_run import DecoderConfig, train_decoder
 from megjax.errors import MegError
 
 
 def main(config: DecoderConfig) -> None:
     """Train; resumes from the newest checkpoint in `config.folder`."""
+    keep_freed_memory()
     try:
         print(train_decoder(config))
     except MegError as error:

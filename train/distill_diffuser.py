@@ -7,12 +7,14 @@ import sys
 import tyro
 
 from configs.distill_diffuser import PRESETS
+from megjax.allocator import keep_freed_memory
 from megjax.distill.diffuser import DiffuserConfig, train_diffuser
 from megjax.errors import MegError
 
 
 def main(config: DiffuserConfig) -> None:
     """Train; resumes from the newest checkpoint in `config.folder`."""
+    keep_freed_memory()
     try:
         print(train_diffuser(config))
     except MegError as error:

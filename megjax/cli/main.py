@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import tyro
 
+from megjax.allocator import keep_freed_memory
 from megjax.cli.generate import generate_command
 from megjax.errors import MegError
 
@@ -17,6 +18,7 @@ COMMANDS = {"generate": generate_command}
 
 def main() -> None:
     """Run the command line."""
+    keep_freed_memory()
     _cache_compilations()
     try:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="megjax")
