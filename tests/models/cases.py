@@ -111,6 +111,26 @@ TEXTS = {
     ),
 }
 
+BLOCKS = {
+    "unet/time_embedding": 1,
+    "unet/down_blocks.0.resnets.0": 2,
+    "unet/down_blocks.0.attentions.0": 2,
+    "unet/down_blocks.0.attentions.0.transformer_blocks.1": 2,
+    "unet/down_blocks.0.attentions.0.transformer_blocks.1.attn1": 1,
+    "unet/down_blocks.0.attentions.0.transformer_blocks.1.attn2": 2,
+    "unet/down_blocks.0.attentions.0.transformer_blocks.1.ff": 1,
+    "unet/down_blocks.0.downsamplers.0": 1,
+    "unet/mid_block.resnets.1": 2,
+    "unet/up_blocks.0.upsamplers.0": 1,
+    "vae/encoder.down_blocks.0": 1,
+    "vae/encoder.down_blocks.0.downsamplers.0": 1,
+    "vae/encoder.mid_block.attentions.0": 1,
+    "vae/decoder.up_blocks.0": 1,
+    "text/text_model.encoder.layers.1": 1,
+    "text/text_model.encoder.layers.1.mlp": 1,
+}
+"""Blocks that are compared one by one, by PyTorch's names, and how many tensors each is given."""
+
 
 def random_params(shapes):
     """Parameters drawn from each leaf's name, of the scale of trained ones."""

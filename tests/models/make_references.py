@@ -87,6 +87,56 @@ def torch_text(config):
     return {"penultimate": out.hidden_states[-2].numpy(), "pooled": pooled.numpy()}
 
 
+def block_of(model, path):
+    """A submodule by its path; some versions of transformers hold `text_model`'s parts themselves."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return model.get_submodule(path.removeprefix("text_model."))
+
+
+@torch.no_grad()
+def blocks():
+    """What the blocks of `cases.BLOCKS` are given and what they return, NHWC, as the whole networks run."""
+    unet_config, unet_size = cases.UNETS["odd"]
+    vae_config, vae_size = cases.VAES["normalised"]
+    text_config = cases.TEXTS["bigg_small"]
+    z, t, text, pooled, sizes = map(torch.from_numpy, cases.unet_inputs(unet_config, unet_size))
+    latents, image = (nchw(x) for x in cases.vae_inputs(vae_config, vae_size))
+    vae_shapes = {**vae_encoder(vae_config).shapes, **vae_decoder(vae_config).shapes}
+    models = {
+        "unet": torch_model(UNet2DConditionModel, unet_config, cases.random_params(unet(unet_config).shapes)),
+        "vae": torch_model(AutoencoderKL, vae_config, cases.random_params(vae_shapes)),
+        "text": torch_model(
+            CLIPTextModelWithProjection, text_config, cases.random_params(clip_text(text_config).shapes)
+        ),
+    }
+    seen = {}
+
+    def record(name, count):
+        def hook(module, args, kwargs, output):
+            named = [kwargs.get(key) for key in ("hidden_states", "temb", "encoder_hidden_states")]
+            inputs = [x for x in (*args, *named) if torch.is_tensor(x)][:count]
+            output = output[0] if isinstance(output, tuple) else output
+            seen.setdefault(name, ([as_ours(x) for x in inputs], as_ours(output)))
+
+        return hook
+
+    for name, count in cases.BLOCKS.items():
+        kind, path = name.split("/")
+        block_of(models[kind], path).register_forward_hook(record(name, count), with_kwargs=True)
+    added = {"text_embeds": pooled, "time_ids": sizes}
+    models["unet"](nchw(z.numpy()), t, text, added_cond_kwargs=added)
+    models["vae"].encode(image)
+    models["vae"].decode(latents)
+    models["text"](torch.from_numpy(cases.text_inputs(text_config)))
+    return seen
+
+
+def as_ours(x):
+    return nhwc(x) if x.ndim == 4 else x.numpy()
+
+
 @torch.no_grad()
 def references():
     """All of them, by the name of the case and of the output."""

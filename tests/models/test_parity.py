@@ -1,14 +1,17 @@
 """The networks against PyTorch diffusers and transformers: stored outputs, and live ones under `parity`."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from megjax.diffusion import Conditioning, ddim, guided, schedule
 from megjax.models import clip_text, unet, vae_decoder, vae_encoder
+from megjax.models.network import _with_int_keys
 from tests.models import cases
 
 BOUND = 1e-5
@@ -81,16 +84,55 @@ def test_stored_references(name, stored):
     check(name, stored)
 
 
+def our_block(name):
+    """A block of ours with its parameters, by PyTorch's path; a layer is cut out of its stack."""
+    kind, path = name.split("/")
+    config = {
+        "unet": cases.UNETS["odd"][0],
+        "vae": cases.VAES["normalised"][0],
+        "text": cases.TEXTS["bigg_small"],
+    }
+    build = {
+        "unet": unet,
+        "vae": vae_encoder if path.startswith("encoder") else vae_decoder,
+        "text": clip_text,
+    }
+    net = build[kind](config[kind])
+    module = nnx.merge(net.graphdef, _with_int_keys(cases.random_params(net.shapes)))
+    parts = iter(path.split("."))
+    for part in parts:
+        if part in ("transformer_blocks", "layers"):
+            graphdef, stacked = nnx.split(getattr(module, part))
+            layer = int(next(parts))
+            module = nnx.merge(graphdef, jax.tree.map(lambda p, i=layer: p[i], stacked))
+        else:
+            module = module[int(part)] if part.isdigit() else getattr(module, part)
+    return module
+
+
 @pytest.mark.parity
 class TestLive:
     @pytest.fixture(scope="class")
-    def live(self):
+    def made(self):
         pytest.importorskip("torch")
         pytest.importorskip("diffusers")
-        from tests.models.make_references import references
+        return importlib.import_module("tests.models.make_references")
 
-        return references()
+    @pytest.fixture(scope="class")
+    def live(self, made):
+        return made.references()
+
+    @pytest.fixture(scope="class")
+    def blocks(self, made):
+        return made.blocks()
 
     @pytest.mark.parametrize("name", NAMES)
     def test_live_references(self, name, live):
         check(name, live)
+
+    @pytest.mark.parametrize("name", cases.BLOCKS)
+    def test_live_blocks(self, name, blocks):
+        inputs, expected = blocks[name]
+        # An odd picture tells the upsampler its size.
+        size = [expected.shape[1:3]] if "upsamplers" in name else []
+        assert distance(our_block(name)(*map(jnp.asarray, inputs), *size), expected) <= BOUND
