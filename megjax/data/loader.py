@@ -298,4 +298,4 @@ def shuffled_batches(rows: Rows, batch: int, seed: int, process: tuple[int, int]
             f"batch {batch}: must divide by the {count} processes and be at most the {len(rows)} examples"
         )
     data = grain.MapDataset.source(rows).seed(seed).shuffle().repeat().batch(batch // count)[index::count]
-    return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=8, prefetch_buffer_size=4)))
+    return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)))

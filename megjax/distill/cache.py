@@ -64,7 +64,7 @@ class Cache:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: Any) -> dict[str, Any]:
         """The arrays of a row."""
         row = range(len(self))[index]
         shard = bisect.bisect_right(self.starts, row) - 1

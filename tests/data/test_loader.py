@@ -25,7 +25,7 @@ def folder(tmp_path):
     entries = [{"file_name": f"{i}.png", "text": f"colour {i} "} for i in range(3)]
     for entry, colour in zip(entries, colours, strict=True):
         (tmp_path / entry["file_name"]).write_bytes(png(colour))
-    (tmp_path / "cut.png").write_bytes(png((9, 9, 9))[:-20])
+    (tmp_path / "cut.png").write_bytes(png((9, 9, 9))[:60])
     entries += [
         {"file_name": "cut.png", "text": "cut short"},
         {"file_name": "0.png", "text": "  "},
