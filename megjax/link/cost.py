@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
-from megjax.link.channel import Real
+Real: TypeAlias = float | int | Shaped[Array, "..."]
 
 
 class Workload(NamedTuple):
