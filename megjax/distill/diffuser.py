@@ -27,7 +27,7 @@ from megjax.distill.windows import solved_windows
 from megjax.errors import MegError
 from megjax.models import Network, Options, Params, time_ids, unet
 from megjax.pipeline.load import EMBEDDED, STUDENT, Pipeline, load_pipeline
-from megjax.pipeline.split import condition, decode
+from megjax.pipeline.split import condition
 from megjax.training.logs import Report, Work, peak_flops_per_s
 from megjax.training.loop import Evaluate, fit
 from megjax.training.lora import init_lora, lora_loss, merge_lora
@@ -345,8 +345,12 @@ def _evaluation(
     def reference() -> np.ndarray:
         return np.asarray(teacher_sample(few, noise))
 
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
+    def decoded(params: Params, z: Array) -> Array:
+        return jnp.clip(pipeline.vae_decoder(params, z), 0.0, 1.0)
+
     def pictures(z: np.ndarray) -> np.ndarray:
-        return np.concatenate(np.asarray(decode(pipeline, pipeline.params["vae_decoder"], jnp.asarray(z))))
+        return np.concatenate(np.asarray(decoded(pipeline.params["vae_decoder"], z)))
 
     def evaluate(state: TrainState) -> Report:
         scalars = {name: float(np.asarray(v)) for name, v in errors(state.ema, key, everyone).items()}
