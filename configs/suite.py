@@ -1,0 +1,34 @@
+"""Presets of `python -m eval.suite`.
+
+    python -m eval.suite                     # MEG-Tiny, two CPU cores, under eight minutes
+    python -m eval.suite --only table2       # under 90 seconds
+    python -m eval.suite --seeds 10          # the long form
+    python -m eval.suite --rules paper       # the authors' rules to the letter
+    python -m eval.suite sdxl --out runs/sdxl
+
+writes report.html, results.json, figures and tables. A second run takes what it can from its cache.
+"""
+
+from pathlib import Path
+
+from eval.suite.config import SuiteConfig
+
+TINY = SuiteConfig()
+"""MEG-Tiny's pictures, full SDXL's costs. Expect MEG-Split worst by far, MEG at T = 7, r = 0.4 not worse than
+MEG-Split-Finetune, and MEG-CVPO within every limit."""
+
+SDXL = SuiteConfig(
+    model="stabilityai/stable-diffusion-xl-base-1.0",
+    dtype="bfloat16",
+    pictures=16,
+    batch=2,
+    out=Path("runs/suite-sdxl"),
+)
+"""SDXL at 1024 x 1024 on one accelerator of 40 GiB or more; captions of `scenes` unless `--prompts` gives
+others. Without a distilled student and decoders (`--model FOLDER`) it samples by DDIM, undistilled."""
+
+PRESETS = {
+    "tiny": ("MEG-Tiny, which ships with the package, on two CPU cores.", TINY),
+    "sdxl": ("SDXL at 1024 x 1024 on an accelerator.", SDXL),
+}
+"""By the name on the command line."""

@@ -1,0 +1,391 @@
+"""What the paper claims, against this run's numbers: every verdict follows from them by a rule shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+
+from eval.merging.curves import Curve, ratio_to
+from eval.suite import curves, learning, table2
+from eval.suite.codecs import QUALITY
+from eval.suite.context import Context, get
+from eval.suite.numbers import Interval, Record, interval, number, ratio
+from eval.suite.paper import TABLE_II
+from eval.suite.policies import LEARNERS, Learner, problem, training
+from eval.suite.timing import timings
+
+Verdict: TypeAlias = Literal["holds", "does not hold", "not testable here"]
+
+WITHIN = 0.5
+"""Per cent over a limit that counts as within it: what evaluation on 64,000 frames leaves open."""
+CUT = 40.0
+"""Per cent: the abstract's "over 40 % latency"."""
+LINEAR = 0.95
+"""R^2 from which latency counts as linear in FLOPs."""
+COMPARABLE = 1.1
+"""Ratio of MSEs up to which two methods count as comparable."""
+FAR = 2.0
+"""Ratio of MSEs from which one is worse by far."""
+SETTLED = 1.05
+"""A training counts as converged where its MSE first comes within this factor of its last."""
+
+
+class Claim(NamedTuple):
+    """A row of the table."""
+
+    text: str
+    where: str
+    values: list[Record]
+    """Labelled numbers."""
+    rule: str
+    verdict: Verdict
+
+
+def claims(context: Context) -> Record:
+    """Return the claims table."""
+    rows = [
+        *latency(context),
+        *linearity(context),
+        *distillation(context),
+        *learned(context),
+        *untestable(context),
+    ]
+    table = {
+        "id": "claims",
+        "title": "Claims",
+        "caption": "Each claim of the paper's abstract and section V, what this run found, and the rule that "
+        "decides. "
+        "Brackets are 95 % bootstrap intervals over paired pictures, or span the seeds. A ratio is one MSE "
+        "over another.",
+        "columns": [
+            {"key": "verdict", "label": "verdict", "unit": "", "digits": 0},
+            {"key": "found", "label": "found here", "unit": "", "digits": 3},
+            {"key": "rule", "label": "holds if", "unit": "", "digits": 0},
+            {"key": "where", "label": "claimed in", "unit": "", "digits": 0},
+        ],
+        "rows": [
+            {
+                "label": row.text,
+                "cells": {"verdict": row.verdict, "found": row.values, "rule": row.rule, "where": row.where},
+                **({"timed": True} if any(v.get("timed") for v in row.values) else {}),
+            }
+            for row in rows
+        ],
+    }
+    total = {verdict: sum(row.verdict == verdict for row in rows) for verdict in ("holds", "does not hold")}
+    return {
+        "text": [],
+        "summary": {k: number(v, "measured", timed=True) for k, v in total.items()},
+        "tables": [table],
+        "figures": [],
+    }
+
+
+def _value(label: str, record: Record) -> Record:
+    return {"label": label, **record}
+
+
+def _verdict(holds: bool) -> Verdict:
+    return "holds" if holds else "does not hold"
+
+
+def latency(context: Context) -> list[Claim]:
+    """Return the claims on latency, from Table II's savings."""
+    found = next(t for t in table2.table2(context)["tables"] if t["id"] == "table2-savings")
+    cells = {row["label"]: row["cells"] for row in found["rows"]}
+    first, finetune = TABLE_II[0].label, TABLE_II[2].label
+    claims = []
+    for against, text, where in (
+        (f"{first}, raw 16-bit RGB", "Latency falls by over 40 % against centralised generation with raw "
+        "pictures",
+         "abstract, V-B1"),
+        (finetune, "Latency falls by over 40 % against MEG-Split-Finetune", "V-B1"),
+        (f"{first}, JPEG {QUALITY}", "Latency falls by over 40 % against centralised generation with JPEG "
+        f"{QUALITY}",
+         "not asked in the paper"),
+    ):  # fmt: skip
+        for fast in (TABLE_II[4], TABLE_II[5]):
+            own = cells[f"{fast.label}, against {against}"]
+            values = [_value(k, own[k]) for k in ("modelled", "calibrated", "paper") if k in own]
+            rule = f"the modelled saving is above {CUT:g} %"
+            verdict = _verdict(own["modelled"]["value"] > CUT)
+            claims.append(Claim(f"{text}, at T = {fast.steps}", where, values, rule, verdict))
+    return claims
+
+
+def linearity(context: Context) -> list[Claim]:
+    """Return the claims of Fig. 3."""
+    found = get(context, timings(context.config))
+    r_squared = number(found["lines"]["all"]["r_squared"], "measured", timed=True)
+    rule = f"R² is at least {LINEAR:g}"
+    claims = [
+        Claim(
+            "Latency is linear in FLOPs",
+            "V-A, Fig. 3",
+            [_value("R²", r_squared)],
+            rule,
+            _verdict(r_squared["value"] >= LINEAR),
+        )
+    ]
+    joules = [p["joules"] for p in found["points"]]
+    if any(j is None for j in joules):
+        text = "no energy meter can be read here"
+        return [*claims, Claim("Energy is linear in FLOPs", "V-A, Fig. 3", [], text, "not testable here")]
+    flops = np.asarray([p["flops"] for p in found["points"]])
+    r_squared = number(np.corrcoef(flops, joules)[0, 1] ** 2, "measured", timed=True)
+    verdict = _verdict(r_squared["value"] >= LINEAR)
+    return [
+        *claims,
+        Claim("Energy is linear in FLOPs", "V-A, Fig. 3", [_value("R²", r_squared)], rule, verdict),
+    ]
+
+
+def distillation(context: Context) -> list[Claim]:
+    """Return the claims of section V-B1, on the pictures."""
+    config, data = context.config, curves.fig5_data(context)
+    pruning = curves.stronger_pruning(data)
+    over_steps = {key: np.mean(list(own.values()), axis=0) for key, own in data.items()}
+    split, finetune = over_steps["split/0"], over_steps["split_finetune/0"]
+    claims = []
+
+    def compare(text: str, where: str, values: dict[str, Interval], rule: str, holds: bool) -> None:
+        records = [_value(k, interval(v, "measured")) for k, v in values.items()]
+        claims.append(Claim(text, where, records, rule, _verdict(holds)))
+
+    errors = {
+        row.label: get(context, table2.shown(config, row, _name(context, row)))["mse"] for row in TABLE_II[1:]
+    }
+    others = {label: own for label, own in errors.items() if label != "MEG-Split"}
+    worst = max(others, key=lambda label: others[label].mean())
+    against = ratio(errors["MEG-Split"], others[worst])
+    compare(
+        "MEG-Split's pictures are noisy: it is the worst method by far",
+        "V-B1, Fig. 4, Table II",
+        {f"over the next worst, {worst}": against, "over MEG-Split-Finetune": ratio(split, finetune)},
+        f"its MSE is at least {FAR:g} times the next worst of Table II",
+        against.value >= FAR,
+    )
+    falls = {
+        f"r = {r:g}: T = 12 over T = 4": ratio(data[f"meg/{r:g}"][12], data[f"meg/{r:g}"][4])
+        for r in (0.1, 0.5, 0.8)
+    }
+    compare(
+        "MEG's MSE falls with the denoising steps",
+        "V-B1, Fig. 5",
+        falls,
+        "every interval is below 1",
+        all(v.high < 1 for v in falls.values()),
+    )
+    rise = {f"r = {b} over r = {a}": ratio(over_steps[f"meg/{b}"], over_steps[f"meg/{a}"])
+            for a, b in (("0.1", "0.5"), ("0.5", "0.8"))}  # fmt: skip
+    compare(
+        "MEG's MSE rises with the merging ratio",
+        "V-B1, Fig. 5",
+        rise,
+        "every interval is above 1, means over T",
+        all(v.low > 1 for v in rise.values()),
+    )
+    pruned = ratio(over_steps[f"{pruning}/0.1"], finetune)
+    compare(
+        "Pruning a tenth already errs much more than MEG-Split-Finetune",
+        "V-B1, Fig. 5",
+        {"ratio": pruned},
+        "the interval is above 1, mean over T",
+        pruned.low > 1,
+    )
+    half = ratio(over_steps["meg/0.5"], finetune)
+    compare(
+        "Merging up to r = 0.5 is comparable to MEG-Split-Finetune",
+        "V-B1, Fig. 5",
+        {"ratio": half},
+        f"the ratio is at most {COMPARABLE:g}, mean over T",
+        half.value <= COMPARABLE,
+    )
+    small = ratio(data["meg/0.1"][4], data["split_finetune/0"][4])
+    compare(
+        "MEG beats MEG-Split-Finetune where T and r are small",
+        "V-B1, Fig. 5",
+        {"r = 0.1, T = 4": small},
+        "the ratio is below 1",
+        small.value < 1,
+    )
+    setting = ratio(errors[TABLE_II[4].label], errors[TABLE_II[2].label])
+    compare(
+        "MEG at T = 7, r = 0.4 is not worse than MEG-Split-Finetune at T = 8",
+        "Table II",
+        {"ratio": setting},
+        "the interval reaches below 1",
+        setting.low < 1,
+    )
+    equal = at_equal_bits(context)
+    compare(
+        "Merging beats pruning at equal bits",
+        "II-A, V-B1",
+        {"ratio": equal},
+        "the interval is below 1, geometric mean over equal lengths, side information charged",
+        equal.high < 1,
+    )
+    return claims
+
+
+def _name(context: Context, row: Any) -> Any:
+    return table2.stronger(context, row) if row.method == "pruning" else row.method
+
+
+def at_equal_bits(context: Context) -> Interval:
+    """Return MEG's MSE over the stronger pruning's at each length, a geometric mean with its interval."""
+    data = curves.payload_data(context)
+    shares = np.asarray(curves.SHARES)
+    pruned = np.stack([data[name][1] for name in table2.PRUNINGS])
+    best = np.argmin(pruned.mean(axis=2), axis=0)
+    stronger = np.take_along_axis(pruned, best[None, :, None], axis=0)[0]
+    order = np.argsort(shares)
+    found = ratio_to(
+        Curve(shares[order], stronger[order]), Curve(shares[order], data["meg"][1][order]), shares[order]
+    )
+    return Interval(*found)
+
+
+def learned(context: Context) -> list[Claim]:
+    """Return the claims of section V-B2, on the policies."""
+    config, found = context.config, get(context, problem(context.config))
+    trained: dict[Learner, Any] = {key: get(context, training(config, key)) for key in LEARNERS}
+    excess = {key: _excess(found, own) for key, own in trained.items()}
+    mse = {key: _mse(own) for key, own in trained.items()}
+    claims = []
+
+    def limit(text: str, where: str, key: Learner, limits: Sequence[int], *, kept: bool) -> None:
+        names = [_limit_name(found, i) for i in limits]
+        values = [
+            _value(n, interval(_span(excess[key][i]), "modelled", "%"))
+            for n, i in zip(names, limits, strict=True)
+        ]
+        worst = max(max(excess[key][i]) for i in limits)
+        if kept:
+            rule = f"no seed is more than {WITHIN:g} % over"
+        else:
+            rule = f"some seed is more than {WITHIN:g} % over"
+        claims.append(Claim(text, where, values, rule, _verdict((worst <= WITHIN) == kept)))
+
+    loose, middle, tight = learning.LATENCY
+    for key, label in LEARNERS.items():
+        limit(f"{label} keeps the loose latency limit", "V-B2, Fig. 6", key, [loose], kept=True)
+    better = mse["cvpo"][loose].mean() / mse["ppo"][loose].mean()
+    claims.append(
+        Claim(
+            "At the loose limit MEG-CVPO reaches higher quality than PPO-Lagrangian",
+            "V-B2, Fig. 6",
+            [_value("its MSE over PPO-Lagrangian's", number(better, "measured"))],
+            "the ratio of the seeds' means is below 1",
+            _verdict(better < 1),
+        )
+    )
+    frames: dict[Learner, list[float]] = {key: _settled(own, loose) for key, own in trained.items()}
+    claims.append(
+        Claim(
+            "At the loose limit MEG-CVPO converges faster",
+            "V-B2, Fig. 6",
+            [
+                _value(LEARNERS[k], interval(_span(v), "measured", "million frames"))
+                for k, v in frames.items()
+            ],
+            f"it needs fewer frames until its MSE is within {100 * (SETTLED - 1):.0f} % of its last, seeds' "
+            "mean",
+            _verdict(bool(np.mean(frames["cvpo"]) < np.mean(frames["ppo"]))),
+        )
+    )
+    limit("MEG-CVPO keeps the middle latency limit", "V-B2, Fig. 6", "cvpo", [middle], kept=True)
+    limit("MEG-CVPO keeps the tight latency limit", "V-B2, Fig. 6", "cvpo", [tight], kept=True)
+    limit("PPO-Lagrangian violates the tight latency limit", "V-B2, Fig. 6", "ppo", [tight], kept=False)
+    worse = mse["cvpo"][tight].mean() / mse["ppo"][tight].mean()
+    claims.append(
+        Claim(
+            "At the tight limit MEG-CVPO's MSE is much higher than PPO-Lagrangian's",
+            "V-B2, Fig. 6",
+            [_value("its MSE over PPO-Lagrangian's", number(worse, "measured"))],
+            f"the ratio of the seeds' means is at least {COMPARABLE:g}",
+            _verdict(worse >= COMPARABLE),
+        )
+    )
+    limit("MEG-CVPO keeps every energy budget", "V-B2, Fig. 7", "cvpo", learning.ENERGY, kept=True)
+    limit(
+        "PPO-Lagrangian violates the tight energy budget",
+        "V-B2, Fig. 7",
+        "ppo",
+        [learning.ENERGY[2]],
+        kept=False,
+    )
+    over: dict[Learner, Any] = {key: _excess(found, own, energy=True) for key, own in trained.items()}
+    gaps: dict[Learner, float] = {
+        key: float(np.mean([-np.mean(own[i]) for i in learning.ENERGY])) for key, own in over.items()
+    }
+    claims.append(
+        Claim(
+            "MEG-CVPO's energy is closer under its budget than PPO-Lagrangian's",
+            "V-B2, Fig. 7",
+            [_value(LEARNERS[k], number(v, "modelled", "% under")) for k, v in gaps.items()],
+            "its mean gap over the three budgets is smaller and not a violation",
+            _verdict(-WITHIN <= gaps["cvpo"] < gaps["ppo"]),
+        )
+    )
+    order = [float(mse["cvpo"][i].mean()) for i in (loose, middle, tight)]
+    claims.append(
+        Claim(
+            "MEG-CVPO trades quality against latency at will",
+            "abstract, V-B2",
+            [_value(n, number(m, "measured")) for n, m in zip(learning.NAMES, order, strict=True)],
+            "its MSE grows from the loose to the tight limit",
+            _verdict(order[0] < order[1] < order[2]),
+        )
+    )
+    return claims
+
+
+def _limit_name(found: Any, limit: int) -> str:
+    which = 1 if limit in learning.ENERGY[1:] else 0
+    return f"limit {found['limits'][limit][which]:g} {learning.UNITS[which]}"
+
+
+def _excess(found: Any, trained: Any, *, energy: bool = False) -> dict[int, list[float]]:
+    """Return each seed's per cent over each limit: of the cost that the limit is about."""
+    excess: dict[int, list[float]] = {}
+    for run in trained["runs"]:
+        which = 1 if energy or run["limit"] in learning.ENERGY[1:] else 0
+        bound = found["limits"][run["limit"]][which]
+        excess.setdefault(run["limit"], []).append(100 * (run["deterministic"]["costs"][which] / bound - 1))
+    return excess
+
+
+def _mse(trained: Any) -> dict[int, np.ndarray]:
+    limits = {run["limit"] for run in trained["runs"]}
+    return {
+        i: np.exp([-run["deterministic"]["reward"] for run in learning.runs_of(trained, i)]) for i in limits
+    }
+
+
+def _settled(trained: Any, limit: int) -> list[float]:
+    """Return the million frames until each seed's MSE comes and stays within a factor of its last."""
+    found = []
+    for run in learning.runs_of(trained, limit):
+        log_mse = -np.asarray(run["reward"])
+        outside = np.flatnonzero(np.abs(log_mse - log_mse[-1]) > np.log(SETTLED))
+        first = outside[-1] + 1 if len(outside) else 0
+        found.append(run["epochs"][first] * trained["frames_per_epoch"] / 1e6)
+    return found
+
+
+def _span(values: Sequence[float]) -> Interval:
+    return Interval(float(np.mean(values)), float(np.min(values)), float(np.max(values)))
+
+
+def untestable(context: Context) -> list[Claim]:
+    """Return what this run cannot decide."""
+    never: list[tuple[str, str, str]] = [
+        ("Exchanging features preserves the user's privacy", "I", "no attack on features is measured"),
+    ]
+    if "stable-diffusion" not in context.config.model:
+        why = f"the pictures are {context.config.model}'s; run the preset sdxl"
+        never.insert(0, ("The same quality holds for SDXL's pictures at 1024 × 1024", "V-B1", why))
+    return [Claim(text, where, [], why, "not testable here") for text, where, why in never]

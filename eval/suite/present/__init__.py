@@ -1,0 +1,1 @@
+"""What is drawn and written from `results.json`, and from nothing else."""

@@ -1,0 +1,85 @@
+"""The stage that times this machine: latency against FLOPs (Fig. 3), and the parts of one frame."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eval.suite.config import MAX_STEPS, MIN_STEPS, SuiteConfig
+from eval.suite.context import Context, Stage
+from megjax import flops
+from megjax.link.metering import Measurement, energy_meter, fit_line, measure
+from megjax.pipeline.load import Pipeline
+from megjax.pipeline.split import condition, decode, denoise, unet_params
+
+STEPS = tuple(range(MIN_STEPS, MAX_STEPS + 1, 2))
+PICTURES = (1, 4, 16)
+"""Decoded at once."""
+CALLS = 5
+
+PLAIN, TOME, DECODER = "U-Net", "U-Net, ToMe", "VAE decoder"
+
+
+def timings(config: SuiteConfig) -> Stage:
+    """Return the stage of this machine's latency: `points`, the lines through them, a frame's `parts`."""
+    settings = {
+        "steps": list(STEPS),
+        "pictures": list(PICTURES),
+        "calls": CALLS,
+        "tome": config.tome,
+        "dtype": config.dtype,
+    }
+    return Stage("timing this machine", settings, _timings)
+
+
+def _timings(context: Context, settings: Mapping[str, Any]) -> dict[str, Any]:
+    pipeline, meter = context.pipeline, energy_meter()
+    points, measured = [], {}
+    for kind, amount, call, counted in _programs(pipeline, settings):
+        found = measure(call, counted, settings["calls"], meter and meter[1])
+        points.append({"kind": kind, "amount": amount, **found._asdict()})
+        measured.setdefault(kind, []).append(found)
+    lines = {kind: fit_line(own)._asdict() for kind, own in measured.items()}
+    lines["all"] = fit_line([point for own in measured.values() for point in own])._asdict()
+    parts = {
+        "text_s": _text_seconds(pipeline, settings["calls"]),
+        "step_s": _per_step(measured[PLAIN], settings["steps"]),
+        "tome_step_s": _per_step(measured[TOME], settings["steps"]),
+        "decode_s": measured[DECODER][0].seconds,
+    }
+    return {"points": points, "lines": lines, "parts": parts, "meter": meter[0] if meter else None}
+
+
+def _per_step(points: list[Measurement], steps: list[int]) -> float:
+    return float(np.polyfit(steps, [point.seconds for point in points], 1)[0])
+
+
+def _programs(pipeline: Pipeline, settings: Mapping[str, Any]) -> Iterator[tuple[str, int, Any, float]]:
+    """Yield (kind, steps or pictures, call, FLOPs): one picture's T steps, and the decoder."""
+    params, sampler = unet_params(pipeline)
+    side, size = pipeline.unet.config.sample_size, (pipeline.image_size,) * 2
+    noise = jax.random.normal(jax.random.key(0), (1, side, side, pipeline.unet.config.in_channels))
+    ids = jnp.zeros((2, 1, pipeline.text_encoders[0].config.max_position_embeddings), jnp.int32)
+    text = condition(pipeline, pipeline.params, ids, size=size)
+    for kind, ratio in ((PLAIN, 0.0), (TOME, settings["tome"])):
+        for steps in settings["steps"]:
+            args = (pipeline, params, noise, text, text, steps, 2.5, noise, 1.0)
+            options = {"sampler": sampler, "tome_ratio": ratio}
+            counted = flops.count(denoise, *args, dynamic_trips=steps, **options).flops
+            yield kind, steps, lambda a=args, o=options: denoise(*a, **o), counted
+    decoder = pipeline.params["vae_decoder"]
+    for pictures in settings["pictures"]:
+        z = jnp.repeat(noise, pictures, axis=0)
+        counted = flops.count(decode, pipeline, decoder, z).flops
+        yield DECODER, pictures, lambda z=z: decode(pipeline, decoder, z), counted
+
+
+def _text_seconds(pipeline: Pipeline, calls: int) -> float:
+    """Return the seconds of both text encoders on a prompt and the empty one."""
+    ids = jnp.zeros((2, 2, pipeline.text_encoders[0].config.max_position_embeddings), jnp.int32)
+    size = (pipeline.image_size, pipeline.image_size)
+    return measure(lambda: condition(pipeline, pipeline.params, ids, size=size), 0.0, calls).seconds
