@@ -36,7 +36,7 @@ from megjax.link.features import FeatureRules
 from megjax.models import Network, Options, Params, VAEConfig, read, vae_decoder
 from megjax.pipeline.load import DECODERS, Pipeline, load_pipeline
 from megjax.training.logs import Report, Work
-from megjax.training.loop import Evaluate, fit
+from megjax.training.loop import Evaluate, fit, key_on_mesh
 from megjax.training.sharding import make_mesh, replicated, state_shardings
 from megjax.training.step import Loss, Metrics, Step, TrainState, adamw, init_state, make_step
 
@@ -216,7 +216,7 @@ def train_decoder(config: DecoderConfig) -> Path:
         start = jax.jit(
             lambda key: init_state(_start(config, pipeline, program.decoder, key), program.optimizer),
             out_shardings=state_shardings(program.state, mesh),
-        )(key_init)
+        )(key_on_mesh(key_init, mesh))
     state = fit(
         program.step,
         start,

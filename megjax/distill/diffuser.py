@@ -29,7 +29,7 @@ from megjax.models import Network, Options, Params, time_ids, unet
 from megjax.pipeline.load import EMBEDDED, STUDENT, Pipeline, load_pipeline
 from megjax.pipeline.split import condition
 from megjax.training.logs import Report, Work, peak_flops_per_s
-from megjax.training.loop import Evaluate, fit
+from megjax.training.loop import Evaluate, fit, key_on_mesh
 from megjax.training.lora import init_lora, lora_loss, merge_lora
 from megjax.training.sharding import batch_sharding, make_mesh, param_shardings, replicated, state_shardings
 from megjax.training.step import Inputs, Loss, Metrics, Step, TrainState, adamw, init_state, make_step
@@ -225,7 +225,7 @@ def train_diffuser(config: DiffuserConfig) -> Path:
         start = jax.jit(
             lambda key, params: init_state(program.init(key, params), program.optimizer),
             out_shardings=shardings,
-        )(key_init, teacher)
+        )(key_on_mesh(key_init, mesh), teacher)
     empty = jax.tree.map(np.asarray, _empty(pipeline))
     frozen = {"teacher": teacher, "empty": _place(empty, jax.tree.map(lambda _: replicated(mesh), empty))}
     batches = shuffled_batches(rows.first(len(rows) - config.held_out), config.batch, config.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shlex
 import signal
 import sys
@@ -122,7 +123,7 @@ def fit(
         asked_to_stop = stack.enter_context(_sigterm())
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
-            key = jax.device_put(key, replicated(mesh))
+            key = key_on_mesh(key, mesh)
         position = Position()
         if restored := restore(manager, state, logs.say, with_data=batches is not None):
             state, position = restored
@@ -174,6 +175,12 @@ def fit(
                 logs.say(f"stopped at step {done} of {steps}, which is saved; to resume: {command}")
                 raise SystemExit(0)
     return state
+
+
+def key_on_mesh(key: Key[Array, ""], mesh: Mesh) -> Key[Array, ""]:
+    """The same key on all devices; `jax.device_put` does not take keys to other processes' devices."""
+    wrap = functools.partial(jax.random.wrap_key_data, impl=jax.random.key_impl(key))
+    return jax.jit(wrap, out_shardings=replicated(mesh))(np.asarray(jax.random.key_data(key)))
 
 
 def _compiled(step: Step, state: TrainState, mesh: Mesh | None) -> Step:
