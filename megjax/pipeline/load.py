@@ -53,8 +53,8 @@ class Pipeline:
         vae_decoder: the device's half.
         params: by name: `text_encoder`, `text_encoder_2`, `unet`, `vae_encoder`, `vae_decoder`. A distilled
             backbone also has `student`, the few-step U-Net, and `decoders`, a dict of the distilled decoders
-            by name (`meg`, `split_finetune`, ...), of `unet`'s and `vae_decoder`'s networks; and `gate`, which
-            tells what MEG-Pruning sends.
+            by name (`meg`, `split_finetune`, ...), of `unet`'s and `vae_decoder`'s networks; `gate` tells
+            MEG-Pruning what to send.
         tokenizers: one for each text encoder.
         schedule: the noise schedule.
     """
