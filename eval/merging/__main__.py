@@ -8,11 +8,13 @@ import tyro
 
 from configs.merging import PRESETS
 from eval.merging.study import MergingStudyConfig, run, table
+from megjax.allocator import keep_freed_memory
 from megjax.errors import MegError
 
 
 def main(config: MergingStudyConfig) -> None:
-    """Run the study and print its tables, MSE in units of 1e-4."""
+    """Run the study and print its tables."""
+    keep_freed_memory()
     try:
         results = run(config)
     except MegError as error:
