@@ -69,8 +69,8 @@ class SuiteConfig:
     """The noise levels of the robustness curve."""
     sample: str = "a large red circle left of a small blue square on a white background"
     """The prompt of Fig. 4."""
-    cvpo_epochs: int = 2000
-    ppo_epochs: int = 250
+    cvpo_epochs: int = 3000
+    ppo_epochs: int = 400
     seed: int = 0
 
     @property

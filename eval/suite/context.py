@@ -158,7 +158,7 @@ def get(context: Context, stage: Stage) -> dict[str, Any]:
     if record is None:
         inputs = [get(context, need) for need in stage.needs]
         context.on_stage(stage)
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         result = stage.run(context, stage.settings, *inputs)
         record = {
             "settings": dict(stage.settings),
@@ -166,6 +166,7 @@ def get(context: Context, stage: Stage) -> dict[str, Any]:
             "device": context.device,
             "versions": context.versions,
             "seconds": time.perf_counter() - start,
+            "processor_seconds": time.process_time() - processor,
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "result": result,
         }

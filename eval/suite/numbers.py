@@ -91,12 +91,15 @@ def axis(label: str, unit: str = "", scale: Literal["linear", "log"] = "linear")
     return {"label": label, "unit": unit, "scale": scale}
 
 
+TIMES = ("seconds", "processor_seconds", "finished")
+
+
 def without_times(results: Any) -> Any:
     """Return results without what a clock said: two runs of the same settings then are equal."""
     if isinstance(results, dict):
         if results.get("timed"):
             return {"timed": True}
-        return {k: without_times(v) for k, v in results.items() if k not in ("seconds", "finished")}
+        return {k: without_times(v) for k, v in results.items() if k not in TIMES}
     if isinstance(results, list):
         return [without_times(v) for v in results]
     return results

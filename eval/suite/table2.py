@@ -98,7 +98,7 @@ def table2(context: Context) -> Record:
             _machine_table(context, rows),
             _speed_up_table(calibrated, modelled),
         ],
-        "figures": [_timeline(config, rows, modelled)],
+        "figures": [_timeline(config, scale, rows, modelled)],
     }
 
 
@@ -338,13 +338,15 @@ def saving(fast: float, slow: float) -> float:
     return 100 * (1 - fast / slow)
 
 
-def _timeline(config: SuiteConfig, rows: tuple[Entry, ...], modelled: dict[str, Any]) -> Record:
+def _timeline(config: SuiteConfig, scale: Scale, rows: tuple[Entry, ...], modelled: dict[str, Any]) -> Record:
     # To scale, so without the raw picture, beside which nothing else would be seen.
     kept = [e for e in rows if e.codec is not None or e.name is not None]
     bars = [
         {
             "label": e.label,
             "parts": {k: float(modelled[e.label][f"latency_{k}_s"].mean()) for k in ("es", "tx", "ue")},
+            "steps": e.row.steps,
+            "step_s": _step_seconds(config, scale, e),
         }
         for e in kept
     ]
@@ -354,7 +356,13 @@ def _timeline(config: SuiteConfig, rows: tuple[Entry, ...], modelled: dict[str, 
         "title": "One frame's timeline, to scale",
         "caption": f"Modelled latency of one frame by part: {of} under profile {config.profile}, mean over "
         "the "
-        "channels. Centralised generation with raw 16-bit RGB is left out: it would be many times as long.",
+        "channels; marks within the server's part are denoising steps. Centralised generation with raw "
+        "16-bit RGB is left out: it would be many times as long.",
         "alt": "Stacked horizontal bars of server, air and device seconds for each method.",
         "bars": {"x": {"label": "latency", "unit": "s", "scale": "linear"}, "tag": "modelled", "rows": bars},
     }
+
+
+def _step_seconds(config: SuiteConfig, scale: Scale, entry: Entry) -> float:
+    work = physical.computation(load(config.profile), scale, tome=entry.row.tome)
+    return physical.real(work.es_step_s)

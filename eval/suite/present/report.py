@@ -72,11 +72,17 @@ def report(results: Record, drawn: dict[str, dict[str, bytes]]) -> str:
 
 
 def _short(title: str) -> str:
-    return title.split(":")[0]
+    return {"What the paper claims, and what holds": "Claims"}.get(title, title.split(":")[0])
 
 
 def _section(name: str, item: Record, drawn: dict[str, dict[str, bytes]]) -> str:
     parts = [f'<section id="{name}"><h2>{html.escape(item["title"])}</h2>']
+    if "summary" in item:
+        tiles = "".join(
+            f'<li data-verdict="{verdict}"><b>{int(count["value"])}</b> {verdict}</li>'
+            for verdict, count in item["summary"].items()
+        )
+        parts.append(f"<ul class=summary>{tiles}</ul>")
     parts += [f"<p>{html.escape(text)}</p>" for text in item["text"]]
     parts += [_figure(figure, drawn[figure["id"]]) for figure in item["figures"]]
     parts += [html_table(table) for table in item["tables"]]

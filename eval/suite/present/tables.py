@@ -58,23 +58,48 @@ def _md_row(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
+def html_cards(table: Record) -> str:
+    """Return the claims as HTML: each with its verdict, its numbers and the rule."""
+    cards = []
+    for row in table["rows"]:
+        cells = row["cells"]
+        numbers = "".join(
+            f"<li>{html.escape(c['label'])}: <b>{html.escape(text(c, 3))}</b> {html.escape(c['unit'])}"
+            f"{chip(c['tag'])}</li>"
+            for c in cells["found"]
+        )
+        untested = cells["verdict"].startswith("not")
+        cards.append(
+            f'<li><p class=verdict data-verdict="{cells["verdict"]}">{cells["verdict"]}</p><div>'
+            f"<h3>{html.escape(row['label'])}</h3><ul class=found>{numbers}</ul>"
+            f"<p class=rule>{'' if untested else 'Holds if '}{html.escape(cells['rule'])}. "
+            f"<span>{html.escape(cells['where'])}</span></p></div></li>"
+        )
+    caption = f"<p class=caption>{html.escape(table['caption'])}</p>"
+    return f"{caption}<ol class=claims id={table['id']}-list>{''.join(cards)}</ol>"
+
+
 def html_table(table: Record) -> str:
     """Return a table as HTML: numbers aligned right, each column's tag in its head or in its cells."""
+    if table.get("layout") == "cards":
+        return html_cards(table)
     heads = []
     for column in table["columns"]:
         kind = tag_of(table, column["key"])
         unit = f"<small>{html.escape(column['unit'])}</small>" if column["unit"] else ""
-        heads.append(f"<th scope=col>{html.escape(column['label'])} {unit}{chip(kind)}</th>")
+        side = " class=n" if numeric(table, column["key"]) else ""
+        heads.append(f"<th scope=col{side}>{html.escape(column['label'])} {unit}{chip(kind)}</th>")
     rows = []
     for row in table["rows"]:
         cells = []
         for column in table["columns"]:
             cell = row["cells"].get(column["key"])
             own = "" if tag_of(table, column["key"]) or not isinstance(cell, dict) else chip(cell["tag"])
-            shown = html.escape(text(cell, column["digits"]))
+            shown = (
+                html.escape(text(cell, column["digits"])).replace(" [", " <small>[").replace("]", "]</small>")
+            )
             kind = "" if isinstance(cell, str) else " class=n"
-            verdict = f' data-verdict="{shown}"' if column["key"] == "verdict" else ""
-            cells.append(f"<td{kind}{verdict}>{shown}{own}</td>")
+            cells.append(f"<td{kind}>{shown}{own}</td>")
         rows.append(f"<tr><th scope=row>{html.escape(row['label'])}</th>{''.join(cells)}</tr>")
     caption = f"<caption><b>{html.escape(table['title'])}.</b> {html.escape(table['caption'])}</caption>"
     first = html.escape(table.get("first", ""))
