@@ -31,7 +31,7 @@ from megjax.rl import optimum
 from megjax.rl.cvpo import CvpoConfig
 from megjax.rl.env import EnvParams
 from megjax.rl.policy import act, load_policy
-from megjax.rl.ppo import PpoConfig
+from megjax.rl.ppo import Pid, PpoConfig
 from megjax.rl.problem import Problem, tabulate, wire_payload
 from megjax.rl.quality import make_table
 from megjax.rl.training import PolicyRunConfig, train_policies
@@ -44,6 +44,19 @@ SLACK = 1.05
 """A limit that does not bind: what the best policy without limits costs, and a little."""
 TIGHT = 1.1
 """The tightest limit over the lowest reachable mean."""
+PAPER_PPO = dataclasses.replace(
+    PpoConfig(),
+    envs=4,
+    collect_steps=64,
+    epochs=100,
+    discount=0.99,
+    lr=5e-4,
+    final_lr_share=1.0,
+    hidden=(128, 128),
+    pid=Pid(proportional=0.05, integral=0.0005, derivative=0.1),
+    squash="tanh",
+)
+"""The authors' PPO-Lagrangian (spec section 8), over as many frames as their MEG-CVPO."""
 CHUNKS = 40
 """Points of a training curve."""
 
@@ -100,7 +113,7 @@ def _choice(context: Context, settings: Mapping[str, Any], trained: Any) -> dict
 def learner_config(config: SuiteConfig, learner: Learner) -> Any:
     """Return an algorithm's hyper-parameters under the rules in force: a `CvpoConfig` or a `PpoConfig`."""
     if config.rules == "paper":
-        return presets.PAPER.learner if learner == "cvpo" else presets.PPO.learner
+        return presets.PAPER.learner if learner == "cvpo" else PAPER_PPO
     if learner == "cvpo":
         return dataclasses.replace(presets.DEFAULT.learner, epochs=config.cvpo_epochs)
     return dataclasses.replace(presets.PPO.learner, epochs=config.ppo_epochs)
