@@ -1,8 +1,8 @@
 """The constrained-learning code's speed on one CPU core against its peers.
 
     python -m eval.bench.policy env      # frames a second, against numpy under gymnasium
-    python -m eval.bench.policy update   # one MEG-CVPO update at the authors' sizes, against PyTorch's
-    forward pass python -m eval.bench.policy bars     # final policies over fresh seeds against the optimum
+    python -m eval.bench.policy update   # an update at the authors' sizes, against PyTorch's forward pass
+    python -m eval.bench.policy bars     # final policies over fresh seeds against the optimum
 
 Run it pinned: `OMP_NUM_THREADS=1 XLA_FLAGS=--xla_cpu_multi_thread_eigen=false taskset -c 1 python -m ...`.
 Times are in processor seconds, which other load disturbs less than the clock. `env` needs gymnasium, `update`
@@ -22,13 +22,21 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from configs.policy import CONDITIONED, DEFAULT, PAPER, PPO
+from configs.policy import CONDITIONED, DEFAULT, PAPER, PPO, PPO_PLAIN
 from eval.bench import save, timed
 from megjax.rl.cvpo import CvpoConfig, make_cvpo
 from megjax.rl.env import REFERENCE, make_env
+from megjax.rl.optimum import best_constant
+from megjax.rl.problem import ANALYTIC, tabulate
 from megjax.rl.training import train_policies
 
-PRESETS = {"default": DEFAULT, "ppo": PPO, "conditioned": CONDITIONED}
+PRESETS = {
+    "default": DEFAULT,
+    "conditioned": CONDITIONED,
+    "paper": PAPER,
+    "ppo": PPO,
+    "ppo-plain": PPO_PLAIN,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +45,7 @@ class Config:
 
     what: tyro.conf.Positional[Literal["env", "update", "bars"]]
     rounds: int = 5
-    preset: Literal["default", "ppo", "conditioned"] = "default"
+    preset: Literal["default", "conditioned", "paper", "ppo", "ppo-plain"] = "default"
     """Of `bars`."""
     limits: tuple[tuple[float, float], ...] = ((3.0, 1.8), (2.5, 1.8), (4.0, 1.0))
     first_seed: int = 1000
@@ -57,15 +65,17 @@ def env_speed(config: Config) -> dict[str, Any]:
     """Return frames a second of 4096 compiled copies and of sixteen numpy ones under gymnasium."""
     copies, frames = 4096, 1024
     env = make_env()
-    actions = jax.random.uniform(jax.random.key(0), (copies, 2))
+    first_actions = jax.random.uniform(jax.random.key(0), (copies, 2))
 
     @jax.jit
-    def run(key: jax.Array, actions: jax.Array) -> jax.Array:
+    def run(key: jax.Array, first_actions: jax.Array) -> jax.Array:
         _, state = jax.vmap(env.reset, (0, None))(jax.random.split(key, copies), REFERENCE)
 
         def frame(carry: tuple, step: jax.Array) -> tuple[tuple, None]:
             state, total = carry
             keys = jax.random.split(jax.random.fold_in(key, step), copies)
+            # New actions each frame, or the compiler would take what depends on them alone out of the loop.
+            actions = jnp.mod(first_actions + 0.618 * step, 1.0)
             observation, state, reward, _, truncated, info = jax.vmap(env.step, (0, 0, 0, None))(
                 keys, state, actions, REFERENCE
             )
@@ -83,13 +93,13 @@ def env_speed(config: Config) -> dict[str, Any]:
         for _ in range(frames):
             numpy_env.step(action)
 
-    jax.block_until_ready(run(jax.random.key(0), actions))
+    jax.block_until_ready(run(jax.random.key(0), first_actions))
     ours, theirs = [], []
     for i in range(config.rounds):
         ours.append(
             copies
             * frames
-            / timed(lambda i=i: jax.block_until_ready(run(jax.random.key(i), actions)))[1].cpu_s
+            / timed(lambda i=i: jax.block_until_ready(run(jax.random.key(i), first_actions)))[1].cpu_s
         )
         theirs.append(16 * 2000 / timed(numpy_run)[1].cpu_s)
     ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
@@ -178,17 +188,46 @@ def bars(config: Config) -> dict[str, Any]:
     seeds = tuple(range(config.first_seed, config.first_seed + config.seeds))
     run = dataclasses.replace(preset, limits=limits, seeds=seeds, folder=config.folder / config.preset)
     results, timing = timed(lambda: train_policies(run))
-    rows = []
     for result in results:
-        row = {"limits": result["limits"], "seed": result["seed"]}
-        for kind in ("deterministic", "sampled"):
-            worth = result[kind]
-            row[f"{kind}_gap"] = result["optimum"] - worth["reward"]
-            row[f"{kind}_shares"] = [c / d for c, d in zip(worth["costs"], result["limits"], strict=True)]
-            row[f"{kind}_frame_violations"] = worth["violations"]
-        rows.append(row)
-        print(json.dumps(row))
-    return {"runs": rows, "cpu_s_per_seed": timing.cpu_s / len(rows), "wall_s": timing.wall_s}
+        print(json.dumps({k: v for k, v in result.items() if k != "policy"}))
+    table = tabulate(ANALYTIC)
+    print(HEADER)
+    for pair in limits:
+        constant = best_constant(table, pair)[0]
+        own = [result for result in results if tuple(result["limits"]) == pair]
+        print(row(config.preset, pair, own, constant))
+    print(f"{timing.cpu_s / len(results):.1f} processor seconds a policy, compilation included")
+    return {"runs": results, "cpu_s_per_policy": timing.cpu_s / len(results), "wall_s": timing.wall_s}
+
+
+HEADER = """
+| preset | limits | optimum | best constant | reward (lowest) | latency, s (highest) | energy, kJ (highest) \
+| latency sampled, s (highest) | frames over a limit | seeds in the bar |
+|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def row(name: str, limits: tuple[float, float], results: list[dict[str, Any]], constant: float) -> str:
+    """Return a line on all seeds of one limit: deterministic policies, unless it says sampled."""
+    reward = np.array([r["deterministic"]["reward"] for r in results])
+    costs = np.array([r["deterministic"]["costs"] for r in results])
+    sampled = np.array([r["sampled"]["costs"] for r in results])
+    violations = np.max([r["deterministic"]["violations"] for r in results], axis=1)
+    gap = results[0]["optimum"] - reward
+    held = np.all(costs <= 1.003 * np.asarray(limits), axis=1)
+    held &= np.all(sampled <= 1.01 * np.asarray(limits), axis=1) & (gap <= 0.03)
+    cells = [
+        name,
+        f"{limits[0]:g} s, {limits[1]:g} kJ",
+        f"{results[0]['optimum']:.4f}",
+        f"{constant:.4f}",
+        f"{reward.mean():.4f} ({reward.min():.4f})",
+        f"{costs[:, 0].mean():.4f} ({costs[:, 0].max():.4f})",
+        f"{costs[:, 1].mean():.4f} ({costs[:, 1].max():.4f})",
+        f"{sampled[:, 0].mean():.4f} ({sampled[:, 0].max():.4f})",
+        f"{100 * violations.mean():.0f} %",
+        f"{held.sum()} of {len(results)}",
+    ]
+    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

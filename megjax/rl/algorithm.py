@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from megjax.rl import networks
 from megjax.rl.env import Env
-from megjax.rl.networks import Gaussian, Mlp, Moments
+from megjax.rl.networks import Mlp, Moments
 
 
 class Transition(NamedTuple):
@@ -74,31 +73,43 @@ def reset_copies(key: PRNGKeyArray, env: Env, params: Any, groups: int, envs: in
 
 def collect(
     key: PRNGKeyArray,
-    env: Env,
-    act: Callable[[Float[Array, "G E o"]], Gaussian],
+    step: Callable[..., tuple],
+    act: Callable[[PRNGKeyArray, Float[Array, "*b o"]], Float[Array, "*b a"]],
     env_state: Any,
-    observation: Float[Array, "G E o"],
+    observation: Float[Array, "*b o"],
     params: Any,
-    steps: int,
-) -> tuple[Any, Float[Array, "G E o"], Transition]:
-    """Return the copies after `steps` frames of the behaviour policy, and those frames [G, E, T, ...]."""
-    copies = observation.shape[:2]
-    step = jax.vmap(jax.vmap(env.step, (0, 0, 0, None)))
+    frames: int,
+) -> tuple[Any, Float[Array, "*b o"], Transition]:
+    """Return the copies after some frames of a policy, and those frames [*b, T, ...].
+
+    Args:
+        key: of the policy and the environment.
+        step: `Env.step` over the copies; its keys have the observations' leading axes.
+        act: (key, observations) -> actions.
+        env_state, observation: of the copies.
+        params: as `step` takes them.
+        frames: T.
+    """
+    copies = observation.shape[:-1]
 
     def frame(carry: tuple, key: PRNGKeyArray) -> tuple[tuple, Transition]:
         env_state, observation = carry
         action_key, env_key = jax.random.split(key)
-        action = networks.sample(action_key, act(observation))
+        action = act(action_key, observation)
         env_keys = jax.random.split(env_key, copies)
         following, env_state, reward, terminated, truncated, info = step(env_keys, env_state, action, params)
         signal = jnp.concatenate([reward[..., None], info["cost"]], axis=-1)
         seen = Transition(observation, action, signal, terminated, truncated, info["final_observation"])
         return (env_state, following), seen
 
-    (env_state, observation), seen = jax.lax.scan(
-        frame, (env_state, observation), jax.random.split(key, steps)
-    )
-    return env_state, observation, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), seen)
+    keys = jax.random.split(key, frames)
+    (env_state, observation), seen = jax.lax.scan(frame, (env_state, observation), keys)
+    return env_state, observation, jax.tree.map(lambda x: jnp.moveaxis(x, 0, len(copies)), seen)
+
+
+def in_groups(env: Env) -> Callable[..., tuple]:
+    """Return `env.step` over copies [G, E] whose parameters differ between groups."""
+    return jax.vmap(jax.vmap(env.step, (0, 0, 0, None)))
 
 
 def anneal(

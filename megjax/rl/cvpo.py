@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from megjax.errors import MegError
 from megjax.rl import networks
 from megjax.rl.algorithm import (
     Algorithm,
@@ -25,6 +26,7 @@ from megjax.rl.algorithm import (
     Transition,
     anneal,
     collect,
+    in_groups,
     per_group,
     reset_copies,
     whole_run,
@@ -133,7 +135,17 @@ def measured_costs(
 
 
 def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
-    """Return MEG-CVPO on an environment."""
+    """Return MEG-CVPO on an environment.
+
+    Raises:
+        MegError: copies, batches or particles that do not fit each other.
+    """
+    if not 0 <= config.greedy_envs < config.envs:
+        raise MegError(f"greedy_envs {config.greedy_envs}: from 0 to below envs, {config.envs}, are allowed")
+    if not 1 <= config.policy_batch <= config.critic_batch:
+        raise MegError(f"policy_batch {config.policy_batch}: from 1 to critic_batch, {config.critic_batch}")
+    if min(config.groups, config.collect_steps, config.epochs, config.n_step, config.particles - 1) < 1:
+        raise MegError("groups, collect_steps, epochs and n_step must be at least 1, particles at least 2")
     groups, m = config.groups, env.cost_size
     q = 1 + m
     replay = make_replay(
@@ -189,13 +201,13 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
     def gather(key: PRNGKeyArray, state: CvpoState, params: Any) -> tuple[CvpoState, Transition]:
         """Return the state after an epoch's frames, with those in its replay and averages, and the frames."""
 
-        def act(observation: Array) -> Gaussian:
+        def act(key: PRNGKeyArray, observation: Array) -> Array:
             gaussian = policy_at(state.actor, networks.normalise(state.moments, observation), state.step)
             explores = jnp.arange(config.envs) >= config.greedy_envs
-            return gaussian._replace(std=gaussian.std * explores[None, :, None])
+            return networks.sample(key, gaussian._replace(std=gaussian.std * explores[None, :, None]))
 
         env_state, observation, seen = collect(
-            key, env, act, state.env_state, state.observation, params, config.collect_steps
+            key, in_groups(env), act, state.env_state, state.observation, params, config.collect_steps
         )
         moments = networks.update_moments(state.moments, seen.observation.reshape(-1, env.observation_size))
         share = jnp.maximum(1.0 / (state.step + 1.0), 1.0 / config.mean_memory)

@@ -1,4 +1,4 @@
-"""What a policy is worth: mean reward and costs, and how often single frames exceed the limits."""
+"""Batched rollouts of any policy, and what it is worth: mean reward and costs, frames above the limits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from megjax.rl.algorithm import Transition, collect
 from megjax.rl.env import Env
 
 Act: TypeAlias = Callable[[PRNGKeyArray, Float[Array, "b o"]], Float[Array, "b a"]]
@@ -26,31 +27,32 @@ class Evaluation(NamedTuple):
     """Share of episodes whose mean is above each limit."""
 
 
+def rollout(key: PRNGKeyArray, env: Env, act: Act, params: Any, copies: int, frames: int = 64) -> Transition:
+    """Return the first frames [copies, frames, ...] of fresh environment copies under a policy.
+
+    Args:
+        key: of the copies, the policy and the channel.
+        env: the environment; copies whose episode ends go on with the next.
+        act: the policy.
+        params: the environment's parameters, the same for all copies.
+        copies: run side by side.
+        frames: of each copy.
+    """
+    reset_key, run_key = jax.random.split(key)
+    observation, state = jax.vmap(env.reset, (0, None))(jax.random.split(reset_key, copies), params)
+    return collect(run_key, jax.vmap(env.step, (0, 0, 0, None)), act, state, observation, params, frames)[2]
+
+
 def evaluate(
     key: PRNGKeyArray, env: Env, act: Act, params: Any, episodes: int = 1000, frames: int = 64
 ) -> Evaluation:
     """Return a policy's worth on fresh episodes."""
-    reset_key, run_key = jax.random.split(key)
-    observation, state = jax.vmap(env.reset, (0, None))(jax.random.split(reset_key, episodes), params)
-    limits = jnp.asarray(params.limits, jnp.result_type(float))
-
-    def frame(carry: tuple, key: PRNGKeyArray) -> tuple[tuple, Array]:
-        observation, state, total, exceeded = carry
-        action_key, env_key = jax.random.split(key)
-        action = act(action_key, observation)
-        keys = jax.random.split(env_key, episodes)
-        step = jax.vmap(env.step, (0, 0, 0, None))
-        observation, state, reward, *_, info = step(keys, state, action, params)
-        over = jnp.mean(info["cost"] > limits[None, :], axis=0)
-        return (observation, state, total + info["cost"], exceeded + over), jnp.mean(reward)
-
-    zeros = jnp.zeros((episodes, env.cost_size))
-    carry = (observation, state, zeros, jnp.zeros(env.cost_size))
-    (_, _, total, exceeded), rewards = jax.lax.scan(frame, carry, jax.random.split(run_key, frames))
-    means = total / frames
+    seen = rollout(key, env, act, params, episodes, frames)
+    reward, cost = seen.signal[..., 0], seen.signal[..., 1:]
+    limits = jnp.asarray(params.limits, cost.dtype)
     return Evaluation(
-        jnp.mean(rewards),
-        jnp.mean(means, axis=0),
-        exceeded / frames,
-        jnp.mean(means > limits[None, :], axis=0),
+        jnp.mean(reward),
+        jnp.mean(cost, axis=(0, 1)),
+        jnp.mean(cost > limits[None, None, :], axis=(0, 1)),
+        jnp.mean(jnp.mean(cost, axis=1) > limits[None, :], axis=0),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -93,9 +93,13 @@ def m_step(
     )
     kl = kl_of(policy(params))
     if region.project:
-        # Thrice: the later corrections are for what the higher orders leave, and mostly do nothing.
-        for _ in range(3):
+
+        def shorten(_: Any, carry: tuple) -> tuple:
+            params, kl = carry
             share = jnp.minimum(1.0, jnp.sqrt(jnp.min(bounds / jnp.maximum(kl, 1e-12))))
-            params = jax.tree.map(lambda old, new, share=share: old + share * (new - old), start, params)
-            kl = kl_of(policy(params))
+            params = jax.tree.map(lambda old, new: old + share * (new - old), start, params)
+            return params, kl_of(policy(params))
+
+        # Thrice: the later corrections are for what the higher orders leave, and mostly do nothing.
+        params, kl = jax.lax.fori_loop(0, 3, shorten, (params, kl))
     return MStep(params, opt_state, beta, kl, losses[-1])

@@ -40,11 +40,15 @@ class Moments(NamedTuple):
 
 def init_mlp(key: PRNGKeyArray, sizes: tuple[int, ...], last_scale: float = 1.0) -> Mlp:
     """Return LeCun-normal layers; the last one's weights are scaled by `last_scale`, all biases are 0."""
-    keys = jax.random.split(key, len(sizes) - 1)
-    layers = []
-    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
-        scale = (last_scale if i == len(sizes) - 2 else 1.0) * fan_in**-0.5
-        layers.append((scale * jax.random.normal(keys[i], (fan_in, fan_out)), jnp.zeros(fan_out)))
+    pairs = list(itertools.pairwise(sizes))
+    # One draw for all layers: each has its own compiled code, and that takes longer than the run.
+    normal = jax.random.normal(key, (sum(fan_in * fan_out for fan_in, fan_out in pairs),))
+    layers, start = [], 0
+    for i, (fan_in, fan_out) in enumerate(pairs):
+        scale = (last_scale if i == len(pairs) - 1 else 1.0) * fan_in**-0.5
+        weight = normal[start : start + fan_in * fan_out].reshape(fan_in, fan_out)
+        layers.append((scale * weight, jnp.zeros(fan_out)))
+        start += fan_in * fan_out
     return tuple(layers)
 
 

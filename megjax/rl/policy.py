@@ -77,7 +77,8 @@ def act(
         key: draw from the policy; left out, its mean is taken.
 
     Raises:
-        MegError: a number that is not finite, or limits given to a policy that was trained for others.
+        MegError: a number that is not finite, or limits given to a policy that was trained for others; one
+            conditioned on them knows those between its lowest and highest.
     """
     numbers = (snr_db, latency_s, energy_kj, *(limits or ()))
     if not np.all(np.isfinite(numbers)):
@@ -85,7 +86,14 @@ def act(
     trained = policy.info.limits
     observation = [snr_db, latency_s, energy_kj]
     if policy.info.conditioned:
-        observation += list(limits if limits is not None else trained[len(trained) // 2])
+        limits = limits if limits is not None else trained[len(trained) // 2]
+        lowest, highest = np.min(trained, axis=0), np.max(trained, axis=0)
+        if np.any(limits < 0.999 * lowest) or np.any(limits > 1.001 * highest):
+            raise MegError(
+                f"this policy keeps limits from {tuple(lowest.tolist())} to {tuple(highest.tolist())}, "
+                f"not {tuple(limits)}"
+            )
+        observation += list(limits)
     elif limits is not None and not np.allclose(limits, trained[0]):
         raise MegError(f"this policy was trained for the limits {trained[0]}, not {tuple(limits)}")
     found = gaussian(policy.params, jnp.asarray(observation, jnp.float32), policy.info.squash)

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from megjax.errors import MegError
 from megjax.rl import networks
-from megjax.rl.algorithm import Algorithm, PolicyParams, anneal, collect, per_group, reset_copies
+from megjax.rl.algorithm import Algorithm, PolicyParams, anneal, collect, in_groups, per_group, reset_copies
 from megjax.rl.env import Env
 from megjax.rl.networks import Gaussian, Mlp, Moments, Squash
 
@@ -113,9 +114,15 @@ def gae(
 
 
 def make_ppo(config: PpoConfig, env: Env) -> Algorithm:
-    """Return PPO-Lagrangian on an environment."""
+    """Return PPO-Lagrangian on an environment.
+
+    Raises:
+        MegError: an epoch's frames that the minibatches do not divide.
+    """
     groups, m = config.groups, env.cost_size
     frames = groups * config.envs * config.collect_steps
+    if min(frames, config.minibatches, config.passes, config.epochs) < 1 or frames % config.minibatches:
+        raise MegError(f"minibatches {config.minibatches}: they must divide the {frames} frames of an epoch")
     updates = config.epochs * config.passes * config.minibatches
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -160,11 +167,13 @@ def make_ppo(config: PpoConfig, env: Env) -> Algorithm:
         collect_key, *pass_keys = jax.random.split(jax.random.fold_in(key, state.step), 1 + config.passes)
         moments = state.moments
 
-        def act(observation: Array) -> Gaussian:
-            return policy_at(state.actor, networks.normalise(moments, observation), state.step)
+        def act(key: PRNGKeyArray, observation: Array) -> Array:
+            return networks.sample(
+                key, policy_at(state.actor, networks.normalise(moments, observation), state.step)
+            )
 
         env_state, following, seen = collect(
-            collect_key, env, act, state.env_state, state.observation, params, config.collect_steps
+            collect_key, in_groups(env), act, state.env_state, state.observation, params, config.collect_steps
         )
         state = state._replace(env_state=env_state, observation=following)
         state = control(state, jnp.mean(seen.signal, axis=(1, 2)), params.limits)

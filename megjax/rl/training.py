@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megjax.errors import MegError
@@ -177,7 +177,8 @@ def _over_runs(config: PolicyRunConfig, count: int) -> Callable[[Callable[..., A
     devices = jax.local_devices()[:count]
     if len(devices) == 1:
         return on_a_device
-    mesh, spec = jax.make_mesh((len(devices),), ("runs",), devices=devices), PartitionSpec("runs")
+    mesh = jax.make_mesh((len(devices),), ("runs",), (AxisType.Auto,), devices=devices)
+    spec = PartitionSpec("runs")
     # The devices take equal shares: the first runs fill the places that are left over, and are dropped after.
     places = jnp.arange(-(-count // len(devices)) * len(devices)) % count
 

@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megjax.errors import MegError
 from megjax.link import channel
 from megjax.link.channel import LinkParams
 from megjax.rl.env import REFERENCE, EnvParams, action_of, denoising_steps, make_env
-from megjax.rl.quality import analytic_mse, make_table
+from megjax.rl.evaluate import rollout
 
 ENV = make_env()
 
@@ -99,46 +98,20 @@ def test_channel_follows_the_link(fading):
         np.testing.assert_allclose(got.real, rho, atol=0.05)
 
 
-def test_quality_table_interpolates_log_mse():
-    steps, ratios, psnrs = [4, 8, 12], [0.0, 0.5, 1.0], [5.0, 20.0]
-    rng = np.random.default_rng(0)
-    table = np.exp(rng.normal(size=(1, 3, 3, 2)))
-    source = make_table(table, steps, ratios, psnrs)
-    key = jax.random.key(0)
+def test_rollouts_are_the_policys_frames():
+    def act(key, observation):
+        return jnp.stack([0.1 * observation[:, 0] % 1.0, jax.random.uniform(key, (5,))], axis=1)
 
-    def reference(steps, ratio):
-        return float(analytic_mse(key, jnp.float32(steps), jnp.float32(ratio), jnp.float32(0)))
-
-    def at(*x):
-        return float(source(key, *map(jnp.float32, x)))
-
-    np.testing.assert_allclose(at(8, 0.5, 20.0), table[0, 1, 1, 1], rtol=1e-5)
-    between = np.sqrt(table[0, 0, 1, 0] * table[0, 1, 1, 0])
-    np.testing.assert_allclose(at(6, 0.5, 5.0), between, rtol=1e-5)
-    np.testing.assert_allclose(at(99, 2.0, -9.0), table[0, 2, 2, 0], rtol=1e-5)
-    # A table of the analytic surface, made fine, is the analytic surface; pictures are drawn evenly.
-    fine = np.linspace(0, 1, 101)
-    surface = np.array([[[reference(t, r)] for r in fine] for t in range(4, 13)])
-    pair = make_table(np.stack([surface, 2 * surface]), list(range(4, 13)), fine, [10.0])
-    draws = jax.vmap(lambda k: pair(k, jnp.float32(7), jnp.float32(0.333), jnp.float32(10)))(
-        jax.random.split(key, 2000)
-    )
-    one = reference(7, 0.333)
-    assert set(np.round(np.asarray(draws) / one, 2)) == {1.0, 2.0}
-    np.testing.assert_allclose(np.mean(draws) / one, 1.5, atol=0.05)
-
-
-@pytest.mark.parametrize(
-    ("table", "steps", "message"),
-    [
-        (np.ones((1, 2, 1, 1)), [4], "shape"),
-        (np.ones((1, 2, 1, 1)), [8, 4], "increase"),
-        (np.zeros((1, 2, 1, 1)), [4, 8], "positive"),
-    ],
-)
-def test_bad_tables_are_refused(table, steps, message):
-    with pytest.raises(MegError, match=message):
-        make_table(table, steps, [0.0], [10.0])
+    seen = rollout(jax.random.key(0), ENV, act, REFERENCE, copies=5, frames=70)
+    assert seen.signal.shape == (5, 70, 3)
+    np.testing.assert_array_equal(np.nonzero(np.asarray(seen.truncated[2]))[0], [63])
+    np.testing.assert_array_equal(seen.observation[:, 1:63], seen.successor[:, :62])
+    np.testing.assert_allclose(seen.action[..., 0], 0.1 * seen.observation[..., 0] % 1.0, rtol=1e-6)
+    # What a frame cost is in the next state.
+    np.testing.assert_array_equal(seen.successor[..., 1:], seen.signal[..., 1:])
+    snr = 10 ** (np.asarray(seen.observation[0, 9, 0], float) / 10)
+    steps, ratio = denoising_steps(seen.action[0, 9, 0], REFERENCE), float(seen.action[0, 9, 1])
+    np.testing.assert_allclose(seen.signal[0, 9], frame_by_hand(snr, float(steps), ratio), rtol=1e-4)
 
 
 def test_gymnasium_accepts_it():

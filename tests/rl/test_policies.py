@@ -1,7 +1,12 @@
 """Whole runs: close to the optimum and its prices, no NaN at impossible limits, saved and resumed."""
 
+import contextlib
 import dataclasses
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import chex
 import jax
@@ -9,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from megjax.cli import main
 from megjax.errors import MegError
 from megjax.rl import training
 from megjax.rl.algorithm import whole_run
@@ -19,7 +25,10 @@ from megjax.rl.networks import Moments
 from megjax.rl.optimum import tables
 from megjax.rl.policy import Policy, PolicyInfo, PolicyParams, act, gaussian, load_policy, save_policy
 from megjax.rl.ppo import PpoConfig, make_ppo
+from megjax.rl.problem import Problem, tabulate, wire_payload
+from megjax.rl.quality import make_table
 from megjax.rl.training import PolicyRunConfig, train_policies
+from tests.small import save_random
 
 SMALL = CvpoConfig(
     envs=8,
@@ -57,14 +66,14 @@ def test_one_program_serves_all_limits_and_degrades_without_nan():
     assert np.mean(np.asarray(metrics["cost"])[-100:, 0, 0]) < 2.2
 
 
-@pytest.mark.parametrize(
-    "make", [lambda env: make_cvpo(SMALL, env), lambda env: make_ppo(PpoConfig(epochs=2), env)]
-)
-def test_runs_trace_in_double_precision(make):
+@pytest.mark.parametrize("make", [make_cvpo, make_ppo])
+def test_runs_in_double_precision(make, quick_compilation):
+    learner = SMALL if make is make_cvpo else PpoConfig(envs=8, epochs=2, minibatches=2, hidden=(8, 8))
     with jax.enable_x64(True):
-        train = whole_run(make(make_env()))
-        _, metrics = jax.eval_shape(train, jax.random.key(0), REFERENCE)
-    assert metrics["reward"].dtype == metrics["kl"].dtype == np.float64
+        state, metrics = jax.jit(whole_run(make(learner, make_env())))(jax.random.key(0), REFERENCE)
+    leaves = [x for x in jax.tree.leaves((state, metrics)) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    assert all(np.all(np.isfinite(x)) for x in leaves)
+    assert {x.dtype for x in leaves} == {np.dtype("float64"), np.dtype("complex64")}
 
 
 @pytest.mark.long
@@ -87,7 +96,15 @@ def table():
 
 
 @pytest.fixture
-def compilation_cache(tmp_path):
+def quick_compilation():
+    """Compile plainly: most of these tests' time is the compiler's."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def compilation_cache(tmp_path, quick_compilation):
     """Let the calls of one test share their compiled programs."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -95,51 +112,69 @@ def compilation_cache(tmp_path):
     jax.config.update("jax_compilation_cache_dir", None)
 
 
-def test_interrupted_training_resumes_to_the_same_policies(tmp_path, monkeypatch, compilation_cache, table):
+def test_interrupted_training_resumes_to_the_same_policy(tmp_path, monkeypatch, compilation_cache, table):
+    """A conditioned run: two limits, each with its own dual."""
+    limits = ((2.3, 1.8), (4.0, 1.8))
     config = PolicyRunConfig(
         learner=SMALL,
-        limits=((3.0, 1.8), (2.5, 1.8)),
+        limits=limits,
         seeds=(3,),
-        chunks=2,
+        conditioned=True,
+        chunks=4,
         episodes=4,
         folder=tmp_path / "whole",
     )
-    whole = train_policies(config, table=table)
-    assert [r["limits"] for r in whole] == [(3.0, 1.8), (2.5, 1.8)]
+    told = []
+    whole = train_policies(config, table=table, report=lambda share, note: told.append(share))
+    assert [r["limits"] for r in whole] == [*limits]
+    assert told == [0.25, 0.5, 0.75, 1.0]
     log = training._log
 
-    def interrupted(*args):
-        if args[3] == 8:
+    def interrupted(file, *args):
+        log(file, *args)
+        if args[2] == 6:
+            # Killed after the line and before the checkpoint, in the middle of the next line.
+            file.write('{"epoch": 6, "se')
+            file.flush()
             raise KeyboardInterrupt
-        log(*args)
 
     config = dataclasses.replace(config, folder=tmp_path / "cut")
     monkeypatch.setattr(training, "_log", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_policies(config, table=table)
     monkeypatch.setattr(training, "_log", log)
-    train_policies(config, table=table)
-    for name in ("limit_3_1.8_seed3.safetensors", "limit_2.5_1.8_seed3.safetensors"):
-        chex.assert_trees_all_close(
-            *(load_policy(tmp_path / run / name).params for run in ("whole", "cut")), rtol=1e-5, atol=1e-6
-        )
-    lines = [json.loads(x) for x in (tmp_path / "cut" / "curves.jsonl").read_text().splitlines()]
-    assert [(x["epoch"], x["limits"]) for x in lines] == [(e, [d, 1.8]) for e in (4, 8) for d in (3.0, 2.5)]
+    resumed = train_policies(config, table=table)
+    for one, other in zip(whole, resumed, strict=True):
+        assert one["deterministic"] == other["deterministic"]
+        chex.assert_trees_all_equal(*(load_policy(Path(r["policy"])).params for r in (one, other)))
+    lines = [
+        [json.loads(x) | {"chunk_s": 0} for x in (tmp_path / run / "curves.jsonl").read_text().splitlines()]
+        for run in ("whole", "cut")
+    ]
+    assert lines[0] == lines[1]
+    assert [(x["epoch"], x["limits"][0]) for x in lines[1]] == [
+        (e, d) for e in (2, 4, 6, 8) for d in (2.3, 4.0)
+    ]
     with pytest.raises(MegError, match="other settings"):
         train_policies(dataclasses.replace(config, seeds=(4,)), table=table)
-
-
-def test_conditioned_runs_have_a_dual_for_each_limit(tmp_path, table):
-    limits = ((2.3, 1.8), (4.0, 1.8))
-    config = PolicyRunConfig(
-        learner=SMALL, limits=limits, conditioned=True, chunks=1, episodes=4, folder=tmp_path
-    )
-    results = train_policies(config, table=table)
-    assert [r["limits"] for r in results] == [*limits]
-    policy = load_policy(tmp_path / "conditioned_seed0.safetensors")
+    policy = load_policy(Path(whole[0]["policy"]))
     assert act(policy, 0.0, limits=(3.1, 1.8)).steps in range(4, 13)
-    lines = [json.loads(x) for x in (tmp_path / "curves.jsonl").read_text().splitlines()]
-    assert [line["limits"] for line in lines] == [[2.3, 1.8], [4.0, 1.8]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"limits": ((3.0, float("inf")),)}, "finite"),
+        ({"limits": ((0.0, 1.8),)}, "above 0"),
+        ({"limits": ()}, "at least one"),
+        ({"seeds": (1, 1)}, "once"),
+        ({"table": "nowhere.npz"}, "not a quality table"),
+    ],
+)
+def test_bad_settings_are_refused_before_training(tmp_path, fields, message):
+    with pytest.raises(MegError, match=message):
+        train_policies(PolicyRunConfig(**fields, folder=tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
 
 
 def test_impossible_limits_are_refused_before_training(tmp_path):
@@ -148,20 +183,46 @@ def test_impossible_limits_are_refused_before_training(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_ppo_trains(tmp_path, table):
+def test_ppo_trains_at_several_limits_and_on_tables(tmp_path, quick_compilation):
+    surface = np.full((2, 2, 2, 1), 0.01)
+    problem = Problem(quality=make_table(surface, [4, 12], [0.0, 1.0], [10.0]), payload=wire_payload())
     learner = PpoConfig(envs=8, collect_steps=8, epochs=4, minibatches=2, hidden=(8, 8))
-    results = train_policies(
-        PolicyRunConfig(learner=learner, chunks=2, episodes=4, folder=tmp_path), table=table
-    )
-    assert np.isfinite(results[0]["deterministic"]["reward"])
+    limits = ((3.0, 1.8), (2.5, 1.8))
+    config = PolicyRunConfig(learner=learner, limits=limits, chunks=2, episodes=4, folder=tmp_path)
+    results = train_policies(config, problem, tabulate(problem, bins=10, ratios=11))
+    assert [r["limits"] for r in results] == [*limits]
+    for result in results:
+        # Whatever is done has the same quality, so its reward is known and is the optimum.
+        np.testing.assert_allclose(result["deterministic"]["reward"], -np.log(0.01), rtol=1e-5)
+        np.testing.assert_allclose(result["optimum"], -np.log(0.01), rtol=1e-5)
 
 
-def constant_policy(steps, ratio, info):
+PROGRAM = """
+import jax, jax.numpy as jnp, numpy as np
+from megjax.rl.training import PolicyRunConfig, _over_runs
+run = lambda key, limits: (jax.random.normal(key), {"twice": 2 * limits})
+keys, limits = jax.random.split(jax.random.key(0), 3), jnp.arange(6.0).reshape(3, 2)
+spread = jax.jit(_over_runs(PolicyRunConfig(), 3)(run))
+assert "num_partitions = 2" in spread.lower(keys, limits).as_text()
+drawn, found = spread(keys, limits)
+np.testing.assert_array_equal(drawn, jax.vmap(jax.random.normal)(keys))
+np.testing.assert_array_equal(found["twice"], 2 * limits)
+"""
+
+
+def test_runs_spread_over_two_devices():
+    """Three runs: one more than the devices."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run([sys.executable, "-c", PROGRAM], env=flags, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def constant_policy(steps, ratio, info, observations=3):
     """Return a policy that always does the same."""
     mean = 2.0 * (action_of(steps, ratio) - 0.5)
     bias = jnp.concatenate([mean, jnp.zeros(2)])
-    actor = ((jnp.zeros((3, 4)), jnp.zeros(4)), (jnp.zeros((4, 4)), bias))
-    moments = Moments(jnp.ones(()), jnp.zeros(3), jnp.ones(3))
+    actor = ((jnp.zeros((observations, 4)), jnp.zeros(4)), (jnp.zeros((4, 4)), bias))
+    moments = Moments(jnp.ones(()), jnp.zeros(observations), jnp.ones(observations))
     return Policy(PolicyParams(actor, moments, (jnp.asarray(0.01), jnp.asarray(0.01))), info)
 
 
@@ -183,6 +244,47 @@ def test_saved_policies_come_back_and_act(tmp_path):
         act(back, -1.5, limits=(2.0, 1.8))
     with pytest.raises(MegError, match="finite"):
         act(back, float("nan"))
+
+
+def test_a_conditioned_policy_knows_the_limits_between_those_it_was_trained_on():
+    limits = ((2.3, 1.8), (3.0, 1.8), (4.0, 1.8))
+    policy = constant_policy(7, 0.25, INFO._replace(limits=limits, conditioned=True), observations=5)
+    assert act(policy, -1.5, limits=(2.5, 1.8)) == act(policy, -1.5)
+    for outside in ((2.2, 1.8), (4.1, 1.8), (3.0, 1.7)):
+        with pytest.raises(MegError, match=r"from \(2\.3, 1\.8\) to \(4\.0, 1\.8\)"):
+            act(policy, -1.5, limits=outside)
+
+
+def test_generate_obeys_a_policy(tmp_path, monkeypatch, capsys, quick_compilation):
+    """The ratio follows the link: 0.4 at 0 dB and 0.2 a decibel; more than can be merged is the most."""
+    policy = constant_policy(4, 0.4, INFO)
+    (weight, _), last = policy.params.actor
+    slope = (weight.at[0, 0].set(1e-3), jnp.zeros(4))
+    head = (last[0].at[0, 1].set(400.0), last[1])
+    sloped = policy._replace(params=policy.params._replace(actor=(slope, head)))
+    save_policy(tmp_path / "policy.safetensors", sloped)
+    folder = save_random(tmp_path / "model")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def call(*args):
+        fixed = ["megjax", "generate", "a red circle", "--model", str(folder), "-o", str(tmp_path / "a.png")]
+        monkeypatch.setattr(sys, "argv", [*fixed, *args])
+        with contextlib.suppress(SystemExit):
+            main()
+        return capsys.readouterr()
+
+    def chosen(snr_db):
+        title = re.search(r"(\d+) steps, ratio ([\d.]+)", call(*file, "--snr-db", snr_db).out)
+        return float(title[1]), float(title[2])
+
+    file = ("--policy", str(tmp_path / "policy.safetensors"))
+    np.testing.assert_allclose(
+        [chosen(x) for x in ("0", "-1", "5")], [[4, 0.4], [4, 0.2], [4, 15 / 16]], rtol=0.01
+    )
+    assert "trained for the limits" in call(*file, "--limits", "2.0", "1.8").err
+    assert "give one with --policy" in call("--limits", "2.0", "1.8").err
+    assert "not a MegJAX policy" in call("--policy", str(tmp_path / "a.png")).err
 
 
 def test_other_files_are_not_policies(tmp_path):

@@ -1,0 +1,150 @@
+"""Measured quality: tables, files, the live decoder, and problems made of them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eval.quality_table import QualityTableConfig, live, measure, summary, weights_hash
+from megjax.errors import MegError
+from megjax.link import channel
+from megjax.link.payload import payload_bits
+from megjax.pipeline import load_pipeline
+from megjax.rl.env import REFERENCE, action_of
+from megjax.rl.optimum import tables
+from megjax.rl.problem import Problem, environment, tabulate, wire_payload
+from megjax.rl.quality import analytic_mse, load_table, make_table, mean_table, save_table
+from tests.small import save_random
+
+STEPS, RATIOS, PSNRS = [4, 8, 12], [0.0, 0.5, 1.0], [5.0, 20.0]
+SPREAD = make_table(np.exp(np.random.default_rng(0).normal(size=(5, 3, 3, 2))), STEPS, RATIOS, PSNRS)
+
+
+def test_table_interpolates_log_mse():
+    table = mean_table(SPREAD)
+    expected = np.exp(SPREAD.log_mse_PxTxRxS.mean(axis=0))
+
+    @jax.jit
+    @jax.vmap
+    def at(x):
+        return table(jax.random.key(0), *x)
+
+    points = jnp.asarray([[8, 0.5, 20], [6, 0.5, 5], [8, 0.25, 12.5], [99, 2, -9]])
+    middle = np.sqrt(expected[0, 1, 0] * expected[1, 1, 0])
+    cell = np.exp(np.mean(np.log(expected[1, :2, :])))
+    np.testing.assert_allclose(at(points), [expected[1, 1, 1], middle, cell, expected[2, 2, 0]], rtol=1e-5)
+
+
+def test_a_fine_table_is_the_surface_and_pictures_are_drawn_evenly():
+    fine = np.linspace(0, 1, 101)
+    steps, ratios = np.meshgrid(np.arange(4.0, 13.0), fine, indexing="ij")
+    surface = np.asarray(
+        analytic_mse(jax.random.key(0), jnp.asarray(steps), jnp.asarray(ratios), jnp.zeros(()))
+    )
+    pair = make_table(np.stack([surface, 2 * surface])[..., None], np.arange(4, 13), fine, [10.0])
+    keys = jax.random.split(jax.random.key(0), 2000)
+    draws = jax.vmap(lambda k: pair(k, jnp.float32(7), jnp.float32(0.333), jnp.float32(10)))(keys)
+    one = float(analytic_mse(keys[0], jnp.float32(7), jnp.float32(0.333), jnp.float32(0)))
+    assert set(np.round(np.asarray(draws) / one, 2)) == {1.0, 2.0}
+    np.testing.assert_allclose(np.mean(draws) / one, 1.5, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("table", "steps", "message"),
+    [
+        (np.ones((1, 2, 1, 1)), [4], "shape"),
+        (np.ones((0, 1, 1, 1)), [4], "shape"),
+        (np.ones((1, 2, 1, 1)), [8, 4], "increase"),
+        (np.ones((1, 2, 1, 1)), [4, np.inf], "finite"),
+        (np.zeros((1, 2, 1, 1)), [4, 8], "positive"),
+    ],
+)
+def test_bad_tables_are_refused(table, steps, message):
+    with pytest.raises(MegError, match=message):
+        make_table(table, steps, [0.0], [10.0])
+
+
+def test_saved_tables_come_back(tmp_path):
+    path = tmp_path / "deep" / "quality.npz"
+    save_table(path, SPREAD._replace(about={"seed": 3}))
+    back = load_table(path)
+    np.testing.assert_allclose(back.log_mse_PxTxRxS, SPREAD.log_mse_PxTxRxS, atol=1e-6)
+    np.testing.assert_array_equal(back.ratios, RATIOS)
+    assert back.about == {"seed": 3}
+    assert [p.name for p in path.parent.iterdir()] == ["quality.npz"]
+    cut = tmp_path / "cut.npz"
+    cut.write_bytes(path.read_bytes()[:400])
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    for name in ("cut.npz", "other.npz", "missing.npz"):
+        with pytest.raises(MegError, match="not a quality table"):
+            load_table(tmp_path / name)
+
+
+def test_the_optimum_of_a_table_is_exact_over_its_pictures():
+    problem = Problem(quality=SPREAD, payload=wire_payload())
+    found = tabulate(problem, bins=3, ratios=5)
+    means = SPREAD.log_mse_PxTxRxS.mean(axis=(0, 3))  # 10 dB is a third of the way from 5 to 20
+    means = (2 * SPREAD.log_mse_PxTxRxS[..., 0] + SPREAD.log_mse_PxTxRxS[..., 1]).mean(axis=0) / 3
+    of = {(t, r): -means[i, j] for i, t in enumerate(STEPS) for j, r in enumerate(RATIOS)}
+    for action, reward in zip(found.actions_Ax2, found.rewards_SxA[0], strict=True):
+        if tuple(action) in of:
+            np.testing.assert_allclose(reward, of[tuple(action)], rtol=1e-5, atol=1e-5)
+    drawn = tables(REFERENCE, SPREAD, wire_payload(), bins=3, ratios=5, quality_draws=4000)
+    np.testing.assert_allclose(drawn.rewards_SxA, found.rewards_SxA, atol=0.08)
+
+
+def test_a_problem_charges_the_wire_format():
+    problem = Problem(payload=wire_payload())
+    env = environment(problem)
+    _, state = env.reset(jax.random.key(0), problem.params)
+    info = env.step(jax.random.key(1), state, action_of(5, 0.4), problem.params)[-1]
+    seconds = payload_bits(0.4, 4096, 16) / float(channel.rate_bps(state.snr))
+    np.testing.assert_allclose(info["cost"][0], 0.826 + 5 * 0.3007 + seconds, rtol=1e-5)
+
+
+def test_features_may_meet_the_links_noise():
+    """MSE 1 at 5 dB and e at 20: the reward says which PSNR was read."""
+    slope = make_table(np.exp([[[[0.0, 1.0]]]]), [4], [0.0], [5.0, 20.0])
+    link = dataclasses.replace(REFERENCE.link, min_distance_m=50.0, max_distance_m=100.0)
+    problem = Problem(dataclasses.replace(REFERENCE, link=link, psnr_db=-3.0), slope, tied_psnr=True)
+    env = environment(problem)
+    _, state = env.reset(jax.random.key(0), problem.params)
+    reward = env.step(jax.random.key(1), state, jnp.zeros(2), problem.params)[2]
+    share = (10 * np.log10(float(state.snr)) - 3.0 - 5.0) / 15.0
+    np.testing.assert_allclose(reward, -np.clip(share, 0, 1), atol=1e-4)
+    found = tabulate(problem, bins=4, ratios=2)
+    shares = (10 * np.log10(found.snr_S) - 3.0 - 5.0) / 15.0
+    np.testing.assert_allclose(found.rewards_SxA[:, 0], -np.clip(shares, 0, 1), atol=1e-4)
+    assert np.ptp(found.rewards_SxA[:, 0]) > 0.3
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield load_pipeline(save_random(tmp_path_factory.mktemp("backbone") / "model"))
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_measured_and_live_quality_agree(backbone, tmp_path):
+    """With one picture, an all but perfect channel and no merging nothing is random."""
+    config = QualityTableConfig(
+        pictures=1, steps=(4, 6), ratios=(0.0, 0.9), psnrs_db=(10.0, 200.0), draws=1, tome_ratio=0.0
+    )
+    table = measure(backbone, config)
+    assert table.log_mse_PxTxRxS.shape == (1, 2, 2, 2)
+    assert table.about["weights_sha256"] == weights_hash(backbone)
+    assert table.about["settings"]["pictures"] == 1
+    source = jax.jit(live(backbone, config))
+
+    def both(*x):
+        args = (jax.random.key(5), *map(jnp.float32, x))
+        return float(source(*args)), float(table(*args))
+
+    for steps in (4, 6):
+        np.testing.assert_allclose(*both(steps, 0.0, 200.0), rtol=1e-4)
+        # Another partition and other noise, much the same error.
+        np.testing.assert_allclose(*both(steps, 0.9, 10.0), rtol=0.5)
+    assert both(4, 0.9, 10.0)[0] > both(4, 0.0, 200.0)[0]
+    assert "0.9" in summary(table)
