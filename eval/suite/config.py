@@ -54,9 +54,9 @@ class SuiteConfig:
     """Of the networks' activations and parameters."""
     prompts: Path | None = None
     """A text file, one prompt a line; left out, captions of `scenes`."""
-    pictures: int = 40
+    pictures: int = 64
     """Prompts, each with its own noise, partition and channel, the same ones for every method."""
-    batch: int = 20
+    batch: int = 32
     """Pictures computed at once."""
     guidance: float = 2.5
     psnr_db: float | None = None
@@ -69,8 +69,8 @@ class SuiteConfig:
     """The noise levels of the robustness curve."""
     sample: str = "a large red circle left of a small blue square on a white background"
     """The prompt of Fig. 4."""
-    cvpo_epochs: int = 3000
-    ppo_epochs: int = 400
+    cvpo_epochs: int = 4000
+    ppo_epochs: int = 500
     seed: int = 0
 
     @property

@@ -180,11 +180,15 @@ def fig5(context: Context) -> Record:
             continue
         shown_ratio = "" if name.startswith("split") else f", ratio {ratio}"  # type: ignore[index]
         label = f"{LABELS[name]}{shown_ratio}"  # type: ignore[index]
-        curves.append(line(key, label, list(own), [mean(v) for v in own.values()], "measured"))
+        dash = name == "meg_plain"
+        curves.append(line(key, label, list(own), [mean(v) for v in own.values()], "measured", dash=dash))
     return {
         "text": [
             f"MEG-Pruning is {LABELS[best]}, the stronger of both prunings at equal bits over this figure. "
-            "Ratios are shares of tokens merged or of scalars pruned; where magnitudes are pruned, of the "
+            "MEG and MEG-Pruning merge tokens inside the U-Net (ToMe) as the paper has it; the dashed line "
+            "is MEG "
+            "without. Ratios are shares of tokens merged or of scalars pruned; where magnitudes are pruned, "
+            "of the "
             "bits."
         ],
         "tables": [],

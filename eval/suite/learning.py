@@ -122,7 +122,7 @@ def _final_table(
                 "optimum": number(math.exp(-found["optimum"][limit]["reward"]), "measured"),
                 "cost": interval(_range(costs), "modelled", UNITS[which]),
                 "excess": interval(_range(100 * (costs / bound - 1)), "modelled", "%"),
-            } | _drawn_cells(context, key, limit)
+            } | _drawn_cells(context, key, limit, which)
             rows.append({"label": f"{LEARNERS[key]}, {bound:g} {UNITS[which]}", "cells": cells})
     what = ("latency", "energy")[which]
     columns = [
@@ -148,14 +148,13 @@ def _final_table(
     }
 
 
-def _drawn_cells(context: Context, key: Learner, limit: int) -> Record:
+def _drawn_cells(context: Context, key: Learner, limit: int, which: int) -> Record:
     """Return what the first seed's policy makes of the paired channels: pictures drawn, costs charged."""
     config = context.config
     policy = choice(config, key, limit)
     made = get(context, policy)
     drawn = get(context, chosen(config, f"{LEARNERS[key]}, limit {limit + 1}", policy))
     costs = _costs(context, made)
-    which = 1 if limit in ENERGY[1:] else 0
     unit_cost = costs["energy_j"] / 1e3 if which else costs["latency_s"]
     return {
         "drawn_mse": interval(mean(drawn["mse"]), "measured"),

@@ -21,7 +21,7 @@ from megjax.pipeline.split import send
 Shape: TypeAlias = tuple[int, int, int]
 Send: TypeAlias = Callable[[Array, Array, Array, Array], Array]
 """(key, latent of one picture, level, psnr_db) to the latent that the device decodes; the level is traced."""
-Name: TypeAlias = Literal["split", "split_finetune", "pruning", "pruning_magnitude", "meg"]
+Name: TypeAlias = Literal["split", "split_finetune", "pruning", "pruning_magnitude", "meg", "meg_plain"]
 
 LABELS: dict[Name, str] = {
     "split": "MEG-Split",
@@ -29,6 +29,7 @@ LABELS: dict[Name, str] = {
     "pruning": "MEG-Pruning",
     "pruning_magnitude": "MEG-Pruning, magnitude",
     "meg": "MEG",
+    "meg_plain": "MEG without ToMe",
 }
 TOME: dict[Name, bool] = {
     "split": False,
@@ -36,6 +37,7 @@ TOME: dict[Name, bool] = {
     "pruning": True,
     "pruning_magnitude": True,
     "meg": True,
+    "meg_plain": False,
 }
 """Who merges tokens inside the U-Net, which all methods otherwise share."""
 
@@ -81,6 +83,7 @@ def method(pipeline: Pipeline, name: Name, rules: FeatureRules = "default") -> M
         "pruning": pruned,
         "pruning_magnitude": strongest,
         "meg": merged,
+        "meg_plain": merged,
     }
     pruning = decoders.get("pruning", frozen)
     tuned: dict[Name, Params] = {
@@ -89,6 +92,7 @@ def method(pipeline: Pipeline, name: Name, rules: FeatureRules = "default") -> M
         "pruning": pruning,
         "pruning_magnitude": decoders.get("magnitude_pruning", pruning),
         "meg": decoders.get("meg", frozen),
+        "meg_plain": decoders.get("meg", frozen),
     }
     return Method(ways[name], tuned[name])
 
@@ -109,7 +113,7 @@ def bits(name: Name, shape: Shape, level: float, rules: PayloadRules = "default"
         return rivals.pruned().bits(shape, level)
     grid = token_grid(h, w)
     # The payload's own limits: two rounds reach 15/16, one round clips by itself.
-    ratio = min(level, 15 / 16 if rules == "default" else 1.0) if name == "meg" else 0.0
+    ratio = min(level, 15 / 16 if rules == "default" else 1.0) if name in ("meg", "meg_plain") else 0.0
     return int(payload_bits(ratio, grid[0] * grid[1], 4 * c, rules=rules, grid=grid))
 
 

@@ -54,6 +54,13 @@ def psnr(mse_P: Float[np.ndarray, " P"]) -> Record | None:
     return interval(Interval(value, low, high), "measured", "dB")
 
 
+def geometric(samples_P: Float[np.ndarray, " P"]) -> Record | None:
+    """Return the geometric mean, which a few bad pictures do not decide; None where something is 0."""
+    if samples_P.min() <= 0:
+        return None
+    return number(np.exp(np.mean(np.log(samples_P))), "measured")
+
+
 def _bootstrap(samples: tuple[np.ndarray, ...], statistic: Any) -> Interval:
     value = float(statistic(*samples, axis=-1))
     found = scipy.stats.bootstrap(

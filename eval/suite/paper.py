@@ -36,7 +36,9 @@ FIG5_RATIOS: dict[Name, tuple[float, ...]] = {
     "split_finetune": (0.0,),
     "pruning": (0.1, 0.2),
     "meg": (0.1, 0.5, 0.8),
+    "meg_plain": (0.5,),
 }
+"""The last is not the paper's: what token merging inside the U-Net costs."""
 
 SDXL_FLOPS = {
     "text_encoder_flops": 0.11e12,

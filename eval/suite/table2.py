@@ -13,7 +13,7 @@ from eval.suite.config import SuiteConfig
 from eval.suite.context import Context, Stage, get
 from eval.suite.measure import pictures, reference
 from eval.suite.methods import LABELS, Name
-from eval.suite.numbers import Record, interval, mean, number, psnr
+from eval.suite.numbers import Record, geometric, interval, mean, number, psnr
 from eval.suite.paper import TABLE_II, Row
 from eval.suite.physical import SDXL_LATENT, SDXL_PICTURE, TABLE2_RATE_BPS, Scale
 from eval.suite.policies import counts
@@ -179,6 +179,7 @@ def _quality_table(config: SuiteConfig, rows: tuple[Entry, ...], found: dict[str
             "ratio": None if entry.name is None else number(entry.row.ratio, "setting"),
             "mse": interval(mean(own["mse"]), "measured"),
             "paper": None if entry.codec else number(entry.row.mse, "paper"),
+            "geometric": geometric(own["mse"]),
             "psnr": psnr(own["mse"]),
             "ssim": number(own["ssim"].mean(), "measured"),
         }
@@ -197,6 +198,7 @@ def _quality_table(config: SuiteConfig, rows: tuple[Entry, ...], found: dict[str
             _column("ratio", "ratio r"),
             _column("mse", "MSE"),
             _column("paper", "MSE, paper"),
+            _column("geometric", "geometric mean"),
             _column("psnr", "PSNR", "dB"),
             _column("ssim", "SSIM"),
             _column("captions", "captions right", "%"),

@@ -39,7 +39,7 @@ def test_every_preset_is_allowed_under_all_rules(preset, rules, physical):
         (["small"], "unknown preset 'small': choose from tiny, sdxl"),
         (["--only", "table2,fig9"], "unknown figure or table 'fig9': choose from claims, table1"),
         (["--out", "/dev/null/suite"], "--out /dev/null/suite cannot be written: "),
-        (["--pictures", "7"], "pictures 7, batch 20: at least 2 pictures, a multiple of the batch"),
+        (["--pictures", "7"], "pictures 7, batch 32: at least 2 pictures, a multiple of the batch"),
         (["--ratios", "0.5", "0.1"], "ratios (0.5, 0.1): at least two, increasing"),
         (["--model", "no/such/folder"], "no/such/folder"),
     ],
@@ -289,7 +289,7 @@ def test_unreadable_prompts_are_named(tmp_path):
     with pytest.raises(MegError, match=r"prompts\.txt"):
         _ = Context(SuiteConfig(prompts=tmp_path / "prompts.txt")).prompts
     (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
-    with pytest.raises(MegError, match="2 prompts, --pictures 40"):
+    with pytest.raises(MegError, match="2 prompts, --pictures 64"):
         _ = Context(SuiteConfig(prompts=tmp_path / "prompts.txt")).prompts
     assert Context(SuiteConfig(prompts=tmp_path / "prompts.txt", pictures=2, batch=1)).prompts == [
         "one",

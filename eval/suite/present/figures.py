@@ -42,6 +42,7 @@ def colour(series: str, theme: Theme) -> str:
         "pruning": amber[0],
         "pruning_magnitude": amber[1],
         "meg": teal[1],
+        "meg_plain": teal[1],
         "meg/0.1": teal[0],
         "meg/0.4": teal[1],
         "meg/0.5": teal[1],
