@@ -188,14 +188,14 @@ def train_denoiser(
     if start is not None:
         params = {name: start[name] for name in params}
     words, _ = vocabulary()
-    start, end = words["<|startoftext|>"], words["<|endoftext|>"]
+    first, last = words["<|startoftext|>"], words["<|endoftext|>"]
     length = config.text_encoder.max_position_embeddings
     loss = denoiser_loss(
         networks["unet"],
         (networks["text_encoder"], networks["text_encoder_2"]),
         schedule(),
         size=(config.vae.sample_size, config.vae.sample_size),
-        empty_L=jnp.array([start] + [end] * (length - 1)),
+        empty_L=jnp.array([first] + [last] * (length - 1)),
         text_drop=config.text_drop,
         batch=config.batch,
     )
