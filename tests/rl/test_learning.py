@@ -74,7 +74,9 @@ def countdown() -> Env:
 
     def step(key, state, action, params):
         over = state + 1 >= 4
-        state, final = jnp.where(over, 0.0, state + 1), (state + 1)[None]
+        # Cut off, the count would go on from 1: a state that the critics know, and not the reset's.
+        final = jnp.where(over, 1.0, state + 1)[None]
+        state = jnp.where(over, 0.0, state + 1)
         info = {"cost": jnp.ones(1), "final_observation": final}
         return state[None], state, jnp.ones(()), over & params.terminates, over & ~params.terminates, info
 
