@@ -51,6 +51,8 @@ class TrainState(NamedTuple):
 
 def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first update; the EMA starts at the parameters."""
+    # Weak types would become strong in the first step, and the second would compile again.
+    params = jax.tree.map(lambda p: jnp.asarray(p, p.dtype), params)
     return TrainState(
         jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params)
     )

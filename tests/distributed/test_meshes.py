@@ -26,9 +26,11 @@ def launch(layout, folder, devices, **kwargs):
 
 
 def finish(*processes):
-    for process in processes:
-        out, error = process.communicate(timeout=900)
-        assert process.returncode == 0, (out + error)[-3000:]
+    said = [process.communicate(timeout=900) for process in processes]
+    for process, (out, error) in zip(processes, said, strict=True):
+        # The cause comes first; what the coordination service says of it is long.
+        cause = "Traceback" + error.partition("Traceback")[2] if "Traceback" in error else error
+        assert process.returncode == 0, f"{out[-500:]}\n{cause[:4000]}"
 
 
 def losses(folder):

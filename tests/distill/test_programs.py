@@ -1,0 +1,78 @@
+"""The trainers' programs, traced but not compiled: dtypes, factors, parts; and every preset."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import distill_decoder, distill_diffuser
+from megjax.distill.decoder_run import DecoderConfig, decoder_distillation, narrowed
+from megjax.distill.diffuser import DiffuserConfig, distillation
+from megjax.distill.encoding import STEPS
+from megjax.errors import MegError
+from megjax.models import VAEConfig
+from megjax.pipeline import load_pipeline
+from megjax.training.step import Inputs
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load_pipeline("tiny")
+
+
+def shape(*axes, dtype=jnp.float16):
+    return jax.ShapeDtypeStruct(axes, dtype)
+
+
+def rows(B):
+    return {"z0": shape(B, 16, 16, 4), "text": shape(B, 32, 128), "pooled": shape(B, 64)}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"lora_rank": 4, "accumulate": 2}, {"dtype": "bfloat16", "remat": True, "kind": "velocity"}],
+)
+def test_the_students_weights_are_in_float32_whatever_computes(pipeline, fields):
+    config = DiffuserConfig(solver_steps=2, **fields)
+    program = distillation(config, pipeline)
+    sizes = jax.tree.map(lambda leaf: leaf.size, program.state.params)
+    whole = sum(leaf.size for leaf in jax.tree.leaves(pipeline.params["unet"]))
+    trained = sum(jax.tree.leaves(sizes))
+    assert trained < whole / 2 if config.lora_rank else trained == whole
+    assert {leaf.dtype for leaf in jax.tree.leaves(program.state.params)} == {jnp.dtype("float32")}
+    teacher = jax.tree.map(lambda p: shape(*p.shape, dtype=config.dtype), pipeline.unet.shapes)
+    frozen = {"teacher": teacher, "empty": (shape(1, 32, 128), shape(1, 64))}
+    state, metrics = jax.eval_shape(program.step, program.state, jax.random.key(0), Inputs(rows(4), frozen))
+    assert state == program.state
+    assert {"loss", "grad_norm", "skipped", "window_0", "window_3"} <= metrics.keys()
+    student = jax.eval_shape(program.student, program.state.ema, teacher)
+    assert jax.tree.map(jnp.shape, student) == jax.tree.map(jnp.shape, teacher)
+
+
+@pytest.mark.parametrize("method", ["meg", "split_finetune", "pruning", "magnitude_pruning"])
+def test_decoders_programs(pipeline, method):
+    config = DecoderConfig(method=method, batch=4, accumulate=2, width=0.5)
+    program = decoder_distillation(config, pipeline)
+    assert ("gate" in program.state.params) == (method == "pruning")
+    data = {"z": shape(4, len(STEPS), 16, 16, 4), "picture": shape(4, 64, 64, 3, dtype=jnp.uint8)}
+    state, metrics = jax.eval_shape(program.step, program.state, jax.random.key(0), data)
+    assert state == program.state
+    assert "mse" in metrics
+
+
+def test_a_narrow_decoder_keeps_its_norms_groups():
+    assert narrowed(VAEConfig(), 1.0) == VAEConfig()
+    assert narrowed(VAEConfig(), 0.3).block_out_channels == (32, 64, 160, 160)
+    assert narrowed(VAEConfig(), 0.01).block_out_channels == (32, 32, 32, 32)
+    with pytest.raises(MegError, match=r"width 1\.5"):
+        narrowed(VAEConfig(), 1.5)
+
+
+def test_presets_fit_together():
+    for name, (_, config) in {**distill_diffuser.PRESETS, **distill_decoder.PRESETS}.items():
+        assert config.batch % config.accumulate == 0, name
+        assert config.evaluate_every % config.checkpoint_every == 0, name
+        assert config.data.pictures >= config.held_out + config.batch, name
+    resumed = distill_diffuser.PRESETS["debug-resume"][1]
+    assert dataclasses.replace(resumed, steps=2) == distill_diffuser.PRESETS["debug"][1]

@@ -1,0 +1,61 @@
+"""Whole runs on an untrained backbone: they resume, and end in a folder that generates."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import distill_decoder, distill_diffuser
+from megjax.distill.decoder_run import load_decoder, train_decoder
+from megjax.distill.diffuser import train_diffuser
+from megjax.distill.export import add_delta
+from megjax.pipeline import Request, generate, load_pipeline
+from megjax.weights import load
+from tests.small import save_random
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return save_random(tmp_path_factory.mktemp("backbone") / "model")
+
+
+def presets(module, folder, backbone, **fields):
+    given = {"model": str(backbone), "folder": folder, "cache": folder.parent / "cache", **fields}
+    names = ("debug", "debug-resume")
+    return [dataclasses.replace(module.PRESETS[name][1], **given) for name in names]
+
+
+@pytest.mark.parametrize("fields", [{}, {"lora_rank": 2, "accumulate": 2}])
+def test_a_student_is_distilled_resumed_and_used(tmp_path, backbone, fields):
+    first, resumed = presets(distill_diffuser, tmp_path / "run", backbone, **fields)
+    train_diffuser(first)
+    model = train_diffuser(resumed)
+    _, whole = presets(distill_diffuser, tmp_path / "whole", backbone, **fields)
+    pipelines = load_pipeline(model), load_pipeline(train_diffuser(whole))
+    jax.tree.map(np.testing.assert_array_equal, *(pipeline.params["student"] for pipeline in pipelines))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "student.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert all(np.isfinite(line["consistency"]) for line in lines if "consistency" in line)
+    pipeline = pipelines[0]
+    change = load(tmp_path / "run" / "unet_delta", pipeline.unet.shapes)
+    again = add_delta(pipeline.params["unet"], change)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(pipeline.params["student"]), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-3 * float(np.abs(b).max()))
+    assert np.isfinite(generate(pipeline, Request("a red circle", steps=4)).image_HxWx3).all()
+
+
+@pytest.mark.parametrize("method", ["meg", "pruning"])
+def test_a_decoder_is_distilled_resumed_and_read(tmp_path, backbone, method):
+    fields = {"method": method, "width": 0.5 if method == "meg" else 1.0}
+    first, resumed = presets(distill_decoder, tmp_path / "run", backbone, **fields)
+    train_decoder(first)
+    folder = train_decoder(resumed)
+    decoder, params, gate = load_decoder(folder)
+    assert (gate is not None) == (method == "pruning")
+    picture = decoder(params, np.zeros((1, 16, 16, 4), np.float32))
+    assert picture.shape == (1, 64, 64, 3)
+    assert np.isfinite(picture).all()
