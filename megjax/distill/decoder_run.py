@@ -35,8 +35,9 @@ from megjax.errors import MegError
 from megjax.link.features import FeatureRules
 from megjax.models import Network, Options, Params, VAEConfig, read, vae_decoder
 from megjax.pipeline.load import DECODERS, Pipeline, load_pipeline
-from megjax.training.logs import Report, Work
-from megjax.training.loop import Evaluate, fit, key_on_mesh
+from megjax.training.logs import Report, Work, counted_work
+from megjax.training.loop import Evaluate, fit
+from megjax.training.placing import place
 from megjax.training.sharding import make_mesh, replicated, state_shardings
 from megjax.training.step import Loss, Metrics, Step, TrainState, adamw, init_state, make_step
 
@@ -98,6 +99,8 @@ class DecoderConfig:
     evaluate_every: int = 500
     keep: int = 2
     tensorboard: bool = False
+    peak_flops_per_s: float = 0.0
+    """Of one device, for the FLOP utilisation; 0 looks it up by the device's name."""
 
 
 class Program(NamedTuple):
@@ -212,11 +215,10 @@ def train_decoder(config: DecoderConfig) -> Path:
         )
     program = decoder_distillation(config, pipeline)
     key_init, key_run = jax.random.split(jax.random.key(config.seed))
+    shardings = state_shardings(program.state, mesh)
+    params = place(_start(config, pipeline, program.decoder, key_init), shardings.params)
     with jax.set_mesh(mesh):
-        start = jax.jit(
-            lambda key: init_state(_start(config, pipeline, program.decoder, key), program.optimizer),
-            out_shardings=state_shardings(program.state, mesh),
-        )(key_on_mesh(key_init, mesh))
+        start = jax.jit(lambda params: init_state(params, program.optimizer), out_shardings=shardings)(params)
     state = fit(
         program.step,
         start,
@@ -232,15 +234,22 @@ def train_decoder(config: DecoderConfig) -> Path:
         best="mse_mean",
         evaluate=_evaluation(config, program.decoder, rows, mesh),
         evaluate_every=config.evaluate_every,
-        work=Work(config.batch),
+        work=_work(config, pipeline, rows),
         tensorboard=config.tensorboard,
     )
     folder = config.folder / DECODERS / config.method
     save_weights(folder, program.decoder, state.ema["decoder"])
     if "gate" in state.ema and jax.process_index() == 0:
         gate = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(state.ema["gate"]).items()}
-        save_file(gate, folder / GATE)
+        save_file(gate, folder / f".{GATE}")
+        (folder / f".{GATE}").rename(folder / GATE)
     return folder
+
+
+def _work(config: DecoderConfig, pipeline: Pipeline, rows: Cache) -> Work:
+    data = {k: jax.ShapeDtypeStruct((config.batch, *v.shape), v.dtype) for k, v in rows[0].items()}
+    program = decoder_distillation(dataclasses.replace(config, remat=False), pipeline)
+    return counted_work(program.step, program.state, data, config.batch, config.peak_flops_per_s)
 
 
 def _rows(config: DecoderConfig, pipeline: Pipeline) -> Cache:

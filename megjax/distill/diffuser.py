@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, PyTree
 
-from megjax import flops, weights
+from megjax import weights
 from megjax.data.loader import DataConfig, data_key, shuffled_batches
 from megjax.diffusion import Conditioning, conditioned, ddim, guided, perflow
 from megjax.diffusion.perflow import WINDOWS, Parametrisation
@@ -28,9 +28,10 @@ from megjax.errors import MegError
 from megjax.models import Network, Options, Params, time_ids, unet
 from megjax.pipeline.load import EMBEDDED, STUDENT, Pipeline, load_pipeline
 from megjax.pipeline.split import condition
-from megjax.training.logs import Report, Work, peak_flops_per_s
-from megjax.training.loop import Evaluate, fit, key_on_mesh
+from megjax.training.logs import Report, Work, counted_work
+from megjax.training.loop import Evaluate, fit
 from megjax.training.lora import init_lora, lora_loss, merge_lora
+from megjax.training.placing import place, place_key
 from megjax.training.sharding import batch_sharding, make_mesh, param_shardings, replicated, state_shardings
 from megjax.training.step import Inputs, Loss, Metrics, Step, TrainState, adamw, init_state, make_step
 
@@ -219,15 +220,15 @@ def train_diffuser(config: DiffuserConfig) -> Path:
         rows = _solved(config, pipeline, rows)
     program = distillation(config, pipeline)
     key_init, key_run = jax.random.split(jax.random.key(config.seed))
-    teacher = _place(pipeline.params["unet"], param_shardings(pipeline.unet.shapes, mesh))
+    teacher = place(pipeline.params["unet"], param_shardings(pipeline.unet.shapes, mesh))
     shardings = state_shardings(program.state, mesh)
     with jax.set_mesh(mesh):
         start = jax.jit(
             lambda key, params: init_state(program.init(key, params), program.optimizer),
             out_shardings=shardings,
-        )(key_on_mesh(key_init, mesh), teacher)
+        )(place_key(key_init, mesh), teacher)
     empty = jax.tree.map(np.asarray, _empty(pipeline))
-    frozen = {"teacher": teacher, "empty": _place(empty, jax.tree.map(lambda _: replicated(mesh), empty))}
+    frozen = {"teacher": teacher, "empty": place(empty, jax.tree.map(lambda _: replicated(mesh), empty))}
     batches = shuffled_batches(rows.first(len(rows) - config.held_out), config.batch, config.seed)
     state = fit(
         program.step,
@@ -280,29 +281,14 @@ def _empty(pipeline: Pipeline) -> tuple[Array, Array]:
     return text, pooled
 
 
-def _place(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Put what every process holds whole onto the mesh."""
-    if jax.process_count() == 1:
-        return jax.device_put(tree, shardings)
-
-    def put(leaf: Any, sharding: Any) -> Array:
-        host = np.asarray(leaf)
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-    return jax.tree.map(put, tree, shardings)
-
-
 def _work(config: DiffuserConfig, pipeline: Pipeline, frozen: Any, rows: Cache) -> Work:
-    """A step's FLOPs, where the devices' peak is known, so that somebody would ask."""
-    peak = (config.peak_flops_per_s or peak_flops_per_s()) * jax.device_count()
-    if not peak:
-        return Work(config.batch)
     data = {k: jax.ShapeDtypeStruct((config.batch, *v.shape), v.dtype) for k, v in rows[0].items()}
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen)
     # The model's FLOPs: what is recomputed to save memory does not count.
     program = distillation(dataclasses.replace(config, remat=False), pipeline)
-    counted = flops.count(program.step, program.state, jax.random.key(0), Inputs(data, shapes))
-    return Work(config.batch, counted.flops, peak)
+    return counted_work(
+        program.step, program.state, Inputs(data, shapes), config.batch, config.peak_flops_per_s
+    )
 
 
 def _evaluation(
@@ -337,7 +323,7 @@ def _evaluation(
     spread = batch_sharding(mesh)
     parts = mesh.size // mesh.shape["tensor"]
     where = spread if config.held_out % parts == 0 else replicated(mesh)
-    everyone = Inputs(_place(data, jax.tree.map(lambda _: where, data)), frozen)
+    everyone = Inputs(place(data, jax.tree.map(lambda _: where, data)), frozen)
     few = Inputs({name: array[:number] for name, array in data.items()}, frozen)
     key = jax.random.key(config.seed + 2)
 

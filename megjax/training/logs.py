@@ -17,7 +17,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megjax import flops
 from megjax.errors import MegError
+from megjax.training.step import Step, TrainState
 
 
 class Report(NamedTuple):
@@ -75,6 +77,22 @@ def peak_flops_per_s() -> float:
     name = jax.local_devices()[0].device_kind
     found = [part for part in PEAK_FLOPS_PER_S if re.search(rf"\b{part}\b", name)]
     return PEAK_FLOPS_PER_S[max(found, key=len)] if found else 0.0
+
+
+def counted_work(step: Step, state: TrainState, inputs: Any, images: int, peak: float = 0.0) -> Work:
+    """A step's images and FLOPs; these are counted only where the devices' peak is known.
+
+    Args:
+        step: the update, without rematerialisation.
+        state: shapes of the training state.
+        inputs: shapes of what the loss is given.
+        images: a step.
+        peak: FLOP/s of one device; 0 looks it up by the device's name.
+    """
+    peak = (peak or peak_flops_per_s()) * jax.device_count()
+    if not peak:
+        return Work(images)
+    return Work(images, flops.count(step, state, jax.random.key(0), inputs).flops, peak)
 
 
 class Logs(NamedTuple):

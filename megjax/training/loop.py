@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import shlex
 import signal
 import sys
@@ -31,7 +30,8 @@ from megjax.training.checkpoints import (
     seal,
 )
 from megjax.training.logs import Logs, Report, Work, open_logs
-from megjax.training.sharding import batch_sharding, replicated
+from megjax.training.placing import place_batch, place_key
+from megjax.training.sharding import replicated
 from megjax.training.step import Inputs, Step, TrainState
 
 BAD_STEPS = 10
@@ -123,7 +123,7 @@ def fit(
         asked_to_stop = stack.enter_context(_sigterm())
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
-            key = key_on_mesh(key, mesh)
+            key = place_key(key, mesh)
         position = Position()
         if restored := restore(manager, state, logs.say, with_data=batches is not None):
             state, position = restored
@@ -139,7 +139,7 @@ def fit(
         saving = False
         for i in range(first, steps):
             local = batch_at(i) if batch_at is not None else next(batches)  # type: ignore[arg-type]
-            batch = _placed(local, mesh)
+            batch = local if mesh is None else place_batch(local, mesh)
             state, metrics = update(state, key, batch if frozen is None else Inputs(batch, frozen))
             window = _added(window, metrics)
             done, stop = i + 1, asked_to_stop(i + 1)
@@ -177,26 +177,12 @@ def fit(
     return state
 
 
-def key_on_mesh(key: Key[Array, ""], mesh: Mesh) -> Key[Array, ""]:
-    """The same key on all devices; `jax.device_put` does not take keys to other processes' devices."""
-    wrap = functools.partial(jax.random.wrap_key_data, impl=jax.random.key_impl(key))
-    return jax.jit(wrap, out_shardings=replicated(mesh))(np.asarray(jax.random.key_data(key)))
-
-
 def _compiled(step: Step, state: TrainState, mesh: Mesh | None) -> Step:
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
     # What comes out lies where it lay, whatever the compiler would prefer.
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-
-
-def _placed(batch: Any, mesh: Mesh | None) -> Any:
-    """This process's part of a batch as its part of the global arrays."""
-    if mesh is None:
-        return batch
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
 def _count(position: Position, step: int, skipped: Any, logs: Logs) -> Position:

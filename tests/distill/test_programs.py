@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import pytest
 
 from configs import distill_decoder, distill_diffuser
+from megjax import flops
 from megjax.distill.decoder_run import DecoderConfig, decoder_distillation, narrowed
 from megjax.distill.diffuser import DiffuserConfig, distillation
 from megjax.distill.encoding import STEPS
 from megjax.errors import MegError
-from megjax.models import VAEConfig
+from megjax.models import VAEConfig, vae_decoder
 from megjax.pipeline import load_pipeline
 from megjax.training.step import Inputs
 
@@ -61,10 +62,13 @@ def test_decoders_programs(pipeline, method):
     assert "mse" in metrics
 
 
-def test_a_narrow_decoder_keeps_its_norms_groups():
+def test_a_narrow_decoder_keeps_its_norms_groups_and_costs_a_tenth():
     assert narrowed(VAEConfig(), 1.0) == VAEConfig()
     assert narrowed(VAEConfig(), 0.3).block_out_channels == (32, 64, 160, 160)
     assert narrowed(VAEConfig(), 0.01).block_out_channels == (32, 32, 32, 32)
+    z = shape(1, 128, 128, 4, dtype=jnp.float32)
+    whole, narrow = (vae_decoder(narrowed(VAEConfig(), width)) for width in (1.0, 0.3))
+    assert flops.count(narrow, narrow.shapes, z).flops < 0.1 * flops.count(whole, whole.shapes, z).flops
     with pytest.raises(MegError, match=r"width 1\.5"):
         narrowed(VAEConfig(), 1.5)
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -56,6 +57,6 @@ def test_a_decoder_is_distilled_resumed_and_read(tmp_path, backbone, method):
     folder = train_decoder(resumed)
     decoder, params, gate = load_decoder(folder)
     assert (gate is not None) == (method == "pruning")
-    picture = decoder(params, np.zeros((1, 16, 16, 4), np.float32))
+    picture = np.asarray(decoder(params, jnp.zeros((1, 16, 16, 4))))
     assert picture.shape == (1, 64, 64, 3)
     assert np.isfinite(picture).all()

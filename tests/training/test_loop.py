@@ -8,10 +8,13 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from megjax.errors import MegError
+from megjax.training import logs
 from megjax.training.logs import Report, Work
+from megjax.training.step import init_state, make_step
 from tests.training.runs import KEY, Counting, events, loss, records, run
 
 
@@ -111,6 +114,30 @@ def test_speed_is_told_in_steps_images_and_flops(tmp_path):
     last = records(tmp_path)[-1]
     np.testing.assert_allclose(last["images_per_s"], 8 * last["steps_per_s"], rtol=1e-6)
     np.testing.assert_allclose(last["flop_utilisation"], last["steps_per_s"] / 1e3, rtol=1e-6)
+
+
+def test_flops_are_counted_where_the_peak_is_known(monkeypatch):
+    def matmul(params, key, x):
+        return jnp.sum(x @ params), {}
+
+    optimizer = optax.sgd(0.1)
+    state = jax.eval_shape(lambda: init_state(jnp.ones((64, 128)), optimizer))
+    step, x = make_step(matmul, optimizer, 0.9), jax.ShapeDtypeStruct((512, 64), jnp.float32)
+    assert logs.counted_work(step, state, x, 32) == Work(32)  # a CPU's peak is not known
+    work = logs.counted_work(step, state, x, 32, peak=1e12)
+    # Forward and the weights' gradient; the update is small beside them.
+    assert 1.0 < work.flops / (2 * 2 * 512 * 64 * 128) < 1.1
+    assert work.peak_flops_per_s == jax.device_count() * 1e12
+    for kind, peak in {
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA RTX A4000": 0.0,
+        "TPU v5 lite": 197e12,
+        "TPU v5": 459e12,
+    }.items():
+        device = type("Device", (), {"device_kind": kind})
+        monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
+        assert logs.peak_flops_per_s() == peak
 
 
 def test_tensorboard(tmp_path):
