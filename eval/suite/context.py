@@ -29,6 +29,9 @@ from megjax.pipeline.load import EMBEDDED, Pipeline, load_pipeline
 from megjax.pipeline.split import condition
 from megjax.text import tokenize
 
+LOADED = (".safetensors", ".msgpack", ".json", ".txt")
+"""Files of a model's folder that decide its pictures."""
+
 
 class Stage(NamedTuple):
     """A pure function of settings and of other stages' results."""
@@ -90,10 +93,10 @@ class Context:
 
     @functools.cached_property
     def weights(self) -> str:
-        """Digest of the model's folder."""
+        """Digest of what is loaded of the model's folder, not of its pictures and notes."""
         model = self.config.model
         root = weights.open_folder(EMBEDDED.get(model, model)).path
-        return cache.files_digest([p for p in root.rglob("*") if p.is_file()], root)
+        return cache.files_digest([p for p in root.rglob("*") if p.suffix in LOADED], root)
 
     @functools.cached_property
     def prompts(self) -> list[str]:
