@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from megjax.rl import networks
 from megjax.rl.env import Env
-from megjax.rl.networks import Mlp, Moments
+from megjax.rl.networks import Gaussian, Mlp, Moments
 
 
 class Transition(NamedTuple):
@@ -110,6 +111,41 @@ def collect(
 def in_groups(env: Env) -> Callable[..., tuple]:
     """Return `env.step` over copies [G, E] whose parameters differ between groups."""
     return jax.vmap(jax.vmap(env.step, (0, 0, 0, None)))
+
+
+def behaviour(key: PRNGKeyArray, gaussian: Gaussian, greedy_envs: int) -> Float[Array, "G E a"]:
+    """Return the copies' actions: the policy's mean in the first `greedy_envs`, samples in the rest."""
+    explores = jnp.arange(gaussian.mean.shape[1]) >= greedy_envs
+    return networks.sample(key, gaussian._replace(std=gaussian.std * explores[None, :, None]))
+
+
+class Means(NamedTuple):
+    """What the policy of late earns and costs in each group."""
+
+    signal: Float[Array, "G q"]
+    """Running mean reward and costs per frame of the sampled policy."""
+    greedy_excess: Float[Array, "G m"]
+    """Running mean of what the deterministic policy costs more than the sampled one."""
+
+    @property
+    def costs(self) -> Float[Array, "G m"]:
+        """J: the sampled policy's mean costs, or the deterministic one's where larger."""
+        return self.signal[:, 1:] + jnp.maximum(self.greedy_excess, 0.0)
+
+
+def update_means(
+    means: Means, signal_GxExTxQ: Float[Array, "G E T q"], greedy_envs: int, share: Float[Array, ""]
+) -> Means:
+    """Fold an epoch's frames into the running means, the new ones weighing `share`."""
+    sampled = jnp.mean(signal_GxExTxQ[:, greedy_envs:], axis=(1, 2))
+    greedy = jnp.mean(signal_GxExTxQ[:, :greedy_envs], axis=(1, 2)) if greedy_envs else sampled
+    # The larger of two noisy means is too large on average; of a slow one it is by very little.
+    slow_share = share / 10.0
+    excess = (greedy - sampled)[:, 1:]
+    return Means(
+        means.signal + share * (sampled - means.signal),
+        means.greedy_excess + slow_share * (excess - means.greedy_excess),
+    )
 
 
 def anneal(

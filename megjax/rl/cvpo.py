@@ -22,13 +22,16 @@ from megjax.errors import MegError
 from megjax.rl import networks
 from megjax.rl.algorithm import (
     Algorithm,
+    Means,
     PolicyParams,
     Transition,
     anneal,
+    behaviour,
     collect,
     in_groups,
     per_group,
     reset_copies,
+    update_means,
     whole_run,
 )
 from megjax.rl.env import Env
@@ -120,18 +123,8 @@ class CvpoState(NamedTuple):
     critic_opt: optax.OptState
     dual: Dual
     """One eta and lam for each group."""
-    mean_signal: Float[Array, "G q"]
-    """Running mean reward and costs per frame of the sampled policy."""
-    greedy_excess: Float[Array, "G m"]
-    """Running mean of what the deterministic policy costs more than the sampled one."""
+    means: Means
     integral: Float[Array, "G m"]
-
-
-def measured_costs(
-    mean_signal: Float[Array, "G q"], greedy_excess: Float[Array, "G m"]
-) -> Float[Array, "G m"]:
-    """Return J [G, m]: the sampled policy's mean costs, or the deterministic one's where larger."""
-    return mean_signal[:, 1:] + jnp.maximum(greedy_excess, 0.0)
 
 
 def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
@@ -193,8 +186,7 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
             target_critics=critics,
             critic_opt=critic_optimizer.init(critics),
             dual=Dual(jnp.ones(groups), jnp.zeros((groups, m))),
-            mean_signal=jnp.zeros((groups, q)),
-            greedy_excess=jnp.zeros((groups, m)),
+            means=Means(jnp.zeros((groups, q)), jnp.zeros((groups, m))),
             integral=jnp.zeros((groups, m)),
         )
 
@@ -203,8 +195,7 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
 
         def act(key: PRNGKeyArray, observation: Array) -> Array:
             gaussian = policy_at(state.actor, networks.normalise(state.moments, observation), state.step)
-            explores = jnp.arange(config.envs) >= config.greedy_envs
-            return networks.sample(key, gaussian._replace(std=gaussian.std * explores[None, :, None]))
+            return behaviour(key, gaussian, config.greedy_envs)
 
         env_state, observation, seen = collect(
             key, in_groups(env), act, state.env_state, state.observation, params, config.collect_steps
@@ -212,15 +203,8 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
         moments = networks.update_moments(state.moments, seen.observation.reshape(-1, env.observation_size))
         share = jnp.maximum(1.0 / (state.step + 1.0), 1.0 / config.mean_memory)
 
-        greedy = config.greedy_envs
-        sampled_mean = jnp.mean(seen.signal[:, greedy:], axis=(1, 2))
-        greedy_mean = jnp.mean(seen.signal[:, :greedy], axis=(1, 2)) if greedy else sampled_mean
-        mean_signal = state.mean_signal + share * (sampled_mean - state.mean_signal)
-        # The larger of two noisy means is too large on average; of a slow one it is by very little.
-        slow_share = share / 10.0
-        excess = (greedy_mean - sampled_mean)[:, 1:]
-        greedy_excess = state.greedy_excess + slow_share * (excess - state.greedy_excess)
-        gap = params.limits - measured_costs(mean_signal, greedy_excess)
+        means = update_means(state.means, seen.signal, config.greedy_envs, share)
+        gap = params.limits - means.costs
         # Anti-windup: the integral may ask for no more than the feedback asks of a gap of a tenth of the
         # limit.
         bound = 0.1 * config.feedback * jnp.abs(params.limits)
@@ -229,15 +213,14 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
             observation=observation,
             moments=moments,
             replay=replay.add(state.replay, seen),
-            mean_signal=mean_signal,
-            greedy_excess=greedy_excess,
+            means=means,
             integral=jnp.clip(state.integral + config.integral * gap, -bound, bound),
         )
         return state, seen
 
     def train_critics(key: PRNGKeyArray, state: CvpoState, batch: Transition) -> tuple[CvpoState, Array]:
         """Take one gradient step on the n-step squared errors; batch [G, B, n, ...]."""
-        centre_GxQ = state.mean_signal if config.centred else jnp.zeros_like(state.mean_signal)
+        centre_GxQ = state.means.signal if config.centred else jnp.zeros_like(state.means.signal)
         signal = batch.signal - centre_GxQ[:, None, None, :]
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch._replace(signal=signal))
         stretch = n_step(flat.signal, flat.terminated, flat.truncated, flat.successor, config.discount)
@@ -272,10 +255,9 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
         reward, cost = values[..., 0], values[..., 1:]
         if config.threshold == "advantage":
             cost = cost - jnp.mean(cost, axis=2, keepdims=True)
-            measured = measured_costs(state.mean_signal, state.greedy_excess)
-            threshold = config.feedback * (limits - measured) + state.integral
+            threshold = config.feedback * (limits - state.means.costs) + state.integral
         else:
-            offset = state.mean_signal[:, 1:] if config.centred else 0.0
+            offset = state.means.signal[:, 1:] if config.centred else 0.0
             threshold = (limits - offset) / (1.0 - config.discount)
         found = solve(reward, cost, threshold, state.dual)
         fitted = m_step(
@@ -316,8 +298,8 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
         metrics = jax.tree.map(lambda x: jnp.mean(x, axis=0), report) | {
             "reward": jnp.mean(seen.signal[..., 0], axis=(1, 2)),
             "cost": jnp.mean(seen.signal[..., 1:], axis=(1, 2)),
-            "mean_signal": state.mean_signal,
-            "greedy_excess": state.greedy_excess,
+            "mean_signal": state.means.signal,
+            "greedy_excess": state.means.greedy_excess,
             "eta": state.dual.eta,
             "lam": state.dual.lam,
             "std": jnp.stack(std_range(state.step)),

@@ -17,7 +17,18 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from megjax.errors import MegError
 from megjax.rl import networks
-from megjax.rl.algorithm import Algorithm, PolicyParams, anneal, collect, in_groups, per_group, reset_copies
+from megjax.rl.algorithm import (
+    Algorithm,
+    Means,
+    PolicyParams,
+    anneal,
+    behaviour,
+    collect,
+    in_groups,
+    per_group,
+    reset_copies,
+    update_means,
+)
 from megjax.rl.env import Env
 from megjax.rl.networks import Gaussian, Mlp, Moments, Squash
 
@@ -37,8 +48,10 @@ class PpoConfig:
     """PPO-Lagrangian's hyper-parameters."""
 
     groups: int = 1
-    envs: int = 256
+    envs: int = 384
     """Environment copies of each group."""
+    greedy_envs: int = 128
+    """How many of them act on the policy's mean, for the controller to see, as in `CvpoConfig`."""
     collect_steps: int = 16
     """Frames of each copy an epoch."""
     epochs: int = 500
@@ -74,7 +87,7 @@ class PpoState(NamedTuple):
     critic: Mlp
     """One trunk: the value of the reward and of each cost, all less their running means."""
     opt: optax.OptState
-    mean_signal: Float[Array, "G q"]
+    means: Means
     violation: Float[Array, "G m"]
     """Last relative violation, for the derivative."""
     integral: Float[Array, "G m"]
@@ -117,10 +130,12 @@ def make_ppo(config: PpoConfig, env: Env) -> Algorithm:
     """Return PPO-Lagrangian on an environment.
 
     Raises:
-        MegError: an epoch's frames that the minibatches do not divide.
+        MegError: copies that do not fit each other, or an epoch's frames that the minibatches do not divide.
     """
     groups, m = config.groups, env.cost_size
-    frames = groups * config.envs * config.collect_steps
+    if not 0 <= config.greedy_envs < config.envs:
+        raise MegError(f"greedy_envs {config.greedy_envs}: from 0 to below envs, {config.envs}, are allowed")
+    frames = groups * (config.envs - config.greedy_envs) * config.collect_steps
     if min(frames, config.minibatches, config.passes, config.epochs) < 1 or frames % config.minibatches:
         raise MegError(f"minibatches {config.minibatches}: they must divide the {frames} frames of an epoch")
     updates = config.epochs * config.passes * config.minibatches
@@ -149,18 +164,18 @@ def make_ppo(config: PpoConfig, env: Env) -> Algorithm:
             actor=actor,
             critic=critic,
             opt=optimizer.init((actor, critic)),
-            mean_signal=jnp.zeros((groups, 1 + m)),
+            means=Means(jnp.zeros((groups, 1 + m)), zeros),
             violation=zeros,
             integral=zeros,
             lam=zeros,
         )
 
-    def control(state: PpoState, batch_mean: Array, limits: Array) -> PpoState:
+    def control(state: PpoState, signal: Array, limits: Array) -> PpoState:
         share = jnp.maximum(1.0 / (state.step + 1.0), 1.0 / config.mean_memory)
-        mean_signal = state.mean_signal + share * (batch_mean - state.mean_signal)
-        violation = mean_signal[:, 1:] / limits - 1.0
+        means = update_means(state.means, signal, config.greedy_envs, share)
+        violation = means.costs / limits - 1.0
         lam, integral = pid_multiplier(config.pid, violation, state.violation, state.integral)
-        return state._replace(mean_signal=mean_signal, violation=violation, integral=integral, lam=lam)
+        return state._replace(means=means, violation=violation, integral=integral, lam=lam)
 
     def epoch(key: PRNGKeyArray, state: PpoState, params: Any) -> tuple[PpoState, dict[str, Array]]:
         params = per_group(params, groups)
@@ -168,22 +183,22 @@ def make_ppo(config: PpoConfig, env: Env) -> Algorithm:
         moments = state.moments
 
         def act(key: PRNGKeyArray, observation: Array) -> Array:
-            return networks.sample(
-                key, policy_at(state.actor, networks.normalise(moments, observation), state.step)
-            )
+            gaussian = policy_at(state.actor, networks.normalise(moments, observation), state.step)
+            return behaviour(key, gaussian, config.greedy_envs)
 
         env_state, following, seen = collect(
             collect_key, in_groups(env), act, state.env_state, state.observation, params, config.collect_steps
         )
         state = state._replace(env_state=env_state, observation=following)
-        state = control(state, jnp.mean(seen.signal, axis=(1, 2)), params.limits)
+        state = control(state, seen.signal, params.limits)
+        seen = jax.tree.map(lambda x: x[:, config.greedy_envs :], seen)
 
         observation = networks.normalise(moments, seen.observation)
         value = networks.mlp(state.critic, observation, "tanh")
         successor_value = networks.mlp(state.critic, networks.normalise(moments, seen.successor), "tanh")
         # Values of signals less their running mean: the same advantages without a large constant to learn.
         # What has terminated is then worth -J / (1 - gamma), which enters as one more reward.
-        centre = state.mean_signal[:, None, None, :]
+        centre = state.means.signal[:, None, None, :]
         terminal = -centre * seen.terminated[..., None] * config.discount / (1.0 - config.discount)
         signal, before, after, ended, cut = jax.tree.map(
             lambda x: jnp.moveaxis(x, 2, 0),
@@ -233,7 +248,7 @@ def make_ppo(config: PpoConfig, env: Env) -> Algorithm:
         metrics = {
             "reward": jnp.mean(seen.signal[..., 0], axis=(1, 2)),
             "cost": jnp.mean(seen.signal[..., 1:], axis=(1, 2)),
-            "mean_signal": state.mean_signal,
+            "mean_signal": state.means.signal,
             "lam": state.lam,
             "kl": kl[-1, -1],
             "std": jnp.stack(std_range(state.step)),

@@ -104,7 +104,7 @@ def test_truncation_bootstraps_and_termination_does_not():
         state, _ = train(jax.random.key(0), CountdownParams(jnp.ones(1), jnp.asarray(terminates)))
         observation = networks.normalise(state.moments, jnp.asarray([[0.0], [3.0]]))
         value = networks.critics(state.critics, observation, jnp.full((2, 1), 0.5), 0)
-        offset = state.mean_signal[0] / (1 - config.discount)
+        offset = state.means.signal[0] / (1 - config.discount)
         np.testing.assert_allclose(value[:, 0] + offset[0], worth, atol=0.25)
         np.testing.assert_allclose(value[:, 1] + offset[1], worth, atol=0.25)
 

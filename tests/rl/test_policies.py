@@ -66,7 +66,11 @@ def test_one_program_serves_all_limits_and_degrades_without_nan():
 
 @pytest.mark.parametrize("make", [make_cvpo, make_ppo])
 def test_runs_in_double_precision(make, quick_compilation):
-    learner = SMALL if make is make_cvpo else PpoConfig(envs=8, epochs=2, minibatches=2, hidden=(8, 8))
+    learner = (
+        SMALL
+        if make is make_cvpo
+        else PpoConfig(envs=12, greedy_envs=4, epochs=2, minibatches=2, hidden=(8, 8))
+    )
     with jax.enable_x64(True):
         state, metrics = jax.jit(whole_run(make(learner, make_env())))(jax.random.key(0), REFERENCE)
     leaves = [x for x in jax.tree.leaves((state, metrics)) if jnp.issubdtype(x.dtype, jnp.inexact)]
@@ -184,7 +188,7 @@ def test_impossible_limits_are_refused_before_training(tmp_path):
 def test_ppo_trains_at_several_limits_and_on_tables(tmp_path, quick_compilation):
     surface = np.full((2, 2, 2, 1), 0.01)
     problem = Problem(quality=make_table(surface, [4, 12], [0.0, 1.0], [10.0]), payload=wire_payload())
-    learner = PpoConfig(envs=8, collect_steps=8, epochs=4, minibatches=2, hidden=(8, 8))
+    learner = PpoConfig(envs=12, greedy_envs=4, collect_steps=8, epochs=4, minibatches=2, hidden=(8, 8))
     limits = ((3.0, 1.8), (2.5, 1.8))
     config = PolicyRunConfig(learner=learner, limits=limits, chunks=2, episodes=4, folder=tmp_path)
     results = train_policies(config, problem, tabulate(problem, bins=10, ratios=11))
