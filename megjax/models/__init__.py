@@ -3,6 +3,7 @@
 from megjax.models.attention import TokenMerge
 from megjax.models.clip import clip_text
 from megjax.models.configs import CLIPTextConfig, UNetConfig, VAEConfig, from_dict, read, to_dict
+from megjax.models.layout import layout
 from megjax.models.network import Network, Options, Params
 from megjax.models.unet import time_ids, unet
 from megjax.models.vae import vae_decoder, vae_encoder
@@ -17,6 +18,7 @@ __all__ = [
     "VAEConfig",
     "clip_text",
     "from_dict",
+    "layout",
     "read",
     "time_ids",
     "to_dict",

@@ -16,8 +16,9 @@ from megjax.models.network import Options
 
 IMPLEMENTATIONS = ("xla", "cudnn")
 
-MAX_LOGIT_BYTES = 64 * 2**20
-"""Above this the scores are computed for some queries at a time: 16384 tokens would need 1 GiB a head."""
+MAX_SCORE_BYTES = 96 * 2**20
+"""Above this, in the values' dtype, the scores are computed for some queries at a time: 16384 tokens would
+need 512 MiB a head in bfloat16. Larger blocks read the keys and values less often."""
 
 Merge = Callable[[Array], tuple[Array, Callable[[Array], Array]]]
 """Merges similar tokens around one self-attention: x_BxNxD -> (merged_BxMxD, unmerge)."""
@@ -34,7 +35,7 @@ def attention(
     implementation: str = "xla",
     causal: bool = False,
 ) -> Float[Array, "B T H D"]:
-    """softmax(q k^T / sqrt(D)) v with float32 scores, never holding more than `MAX_LOGIT_BYTES` of them.
+    """softmax(q k^T / sqrt(D)) v with float32 scores, never holding more than `MAX_SCORE_BYTES` of them.
 
     Args:
         q_BxTxHxD: queries: batch, tokens, heads, head size.
@@ -53,38 +54,48 @@ def attention(
             q_BxTxHxD, k_BxSxHxD, v_BxSxHxD, is_causal=causal, implementation="cudnn"
         )
     B, T, H, D = q_BxTxHxD.shape
-    q_BxTxHxD = (q_BxTxHxD * D**-0.5).astype(q_BxTxHxD.dtype)
-    row_bytes = 4 * B * H * k_BxSxHxD.shape[1]
-    if causal or T * row_bytes <= MAX_LOGIT_BYTES:
-        return _softmax_attention(q_BxTxHxD, k_BxSxHxD, v_BxSxHxD, causal)
-    block = _largest_divisor(T, max(1, MAX_LOGIT_BYTES // row_bytes))
+    q_BxHxDxT, k_BxHxDxS, v_BxHxDxS = (
+        _tokens_last(x) for x in ((q_BxTxHxD * D**-0.5).astype(q_BxTxHxD.dtype), k_BxSxHxD, v_BxSxHxD)
+    )
+    row_bytes = v_BxSxHxD.dtype.itemsize * B * H * k_BxSxHxD.shape[1]
+    if causal or T * row_bytes <= MAX_SCORE_BYTES:
+        out_BxHxDxT = _softmax_attention(q_BxHxDxT, k_BxHxDxS, v_BxHxDxS, causal)
+    else:
+        block = _largest_divisor(T, max(1, MAX_SCORE_BYTES // row_bytes))
 
-    # Checkpointed, or the backward pass would keep every block's probabilities after all.
-    @jax.checkpoint
-    def rows(q_BxtxHxD: Array) -> Array:
-        return _softmax_attention(q_BxtxHxD, k_BxSxHxD, v_BxSxHxD, False)
+        # Checkpointed, or the backward pass would keep every block's probabilities after all.
+        @jax.checkpoint
+        def columns(q_BxHxDxt: Array) -> Array:
+            return _softmax_attention(q_BxHxDxt, k_BxHxDxS, v_BxHxDxS, False)
 
-    q_blocks = q_BxTxHxD.reshape(B, T // block, block, H, -1).swapaxes(0, 1)
-    return jax.lax.map(rows, q_blocks).swapaxes(0, 1).reshape(q_BxTxHxD.shape)
+        q_blocks = jnp.moveaxis(q_BxHxDxT.reshape(B, H, D, T // block, block), 3, 0)
+        out_BxHxDxT = jnp.moveaxis(jax.lax.map(columns, q_blocks), 0, 3).reshape(B, H, D, T)
+    return out_BxHxDxT.reshape(B, H * D, T).swapaxes(1, 2).reshape(B, T, H, D)
 
 
-def _softmax_attention(q_BxTxHxD: Array, k_BxSxHxD: Array, v_BxSxHxD: Array, causal: bool) -> Array:
+def _tokens_last(x_BxTxHxD: Array) -> Array:
+    """Tokens along the fastest axis: they fill a TPU's 128 lanes, of which a head of 64 would use half."""
+    B, T, H, D = x_BxTxHxD.shape
+    return x_BxTxHxD.reshape(B, T, H * D).swapaxes(1, 2).reshape(B, H, D, T)
+
+
+def _softmax_attention(q_BxHxDxT: Array, k_BxHxDxS: Array, v_BxHxDxS: Array, causal: bool) -> Array:
     """Attention of scaled queries; divides the values by the softmax's sums, not T x S probabilities."""
-    scores = jnp.einsum("BTHD,BSHD->BHTS", q_BxTxHxD, k_BxSxHxD, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("BHDT,BHDS->BHTS", q_BxHxDxT, k_BxHxDxS, preferred_element_type=jnp.float32)
     if causal:
         T, S = scores.shape[-2:]
         seen = jnp.arange(T)[:, None] >= jnp.arange(S)[None, :]
         scores = jnp.where(seen[None, None], scores, -jnp.inf)
     top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     weights_BxHxTxS = jnp.exp(scores - top)
-    sums_BxTxHx1 = weights_BxHxTxS.sum(-1).swapaxes(1, 2)[..., None]
+    sums_BxHx1xT = weights_BxHxTxS.sum(-1)[:, :, None, :]
     out = jnp.einsum(
-        "BHTS,BSHD->BTHD",
-        weights_BxHxTxS.astype(v_BxSxHxD.dtype),
-        v_BxSxHxD,
+        "BHTS,BHDS->BHDT",
+        weights_BxHxTxS.astype(v_BxHxDxS.dtype),
+        v_BxHxDxS,
         preferred_element_type=jnp.float32,
     )
-    return (out / sums_BxTxHx1).astype(q_BxTxHxD.dtype)
+    return (out / sums_BxHx1xT).astype(q_BxHxDxT.dtype)
 
 
 def _largest_divisor(n: int, limit: int) -> int:
@@ -176,7 +187,7 @@ class Transformer2D(nnx.Module):
         linear_projection: bool,
         rngs: nnx.Rngs,
     ):
-        self.remat = options.remat
+        self.options = options
         # 1e-6 here, whatever norm_eps says: as in PyTorch diffusers.
         self.norm = GroupNorm(channels, groups, 1e-6, options)
 
@@ -204,5 +215,5 @@ class Transformer2D(nnx.Module):
         def block(module: TransformerBlock, x: Array, context: Array) -> Array:
             return module(x, context, merge)
 
-        x = scan(self.transformer_blocks, block, x, context_BxSxE, remat=self.remat)
+        x = scan(self.transformer_blocks, block, x, context_BxSxE, options=self.options)
         return x_BxHxWxC + self.proj_out(x.reshape(B, H, W, C))

@@ -81,7 +81,7 @@ class CLIPText(nnx.Module):
 
     def __init__(self, config: CLIPTextConfig, options: Options, *, rngs: nnx.Rngs):
         self.config = config
-        self.remat = options.remat
+        self.options = options
         self.text_model = _TextTransformer(config, options, rngs=rngs)
         if config.with_projection:
             self.text_projection = linear(
@@ -101,8 +101,8 @@ class CLIPText(nnx.Module):
             return module(x)
 
         x = model.embeddings(ids_BxL)
-        penultimate = scan(model.encoder.layers, layer, x, remat=self.remat, layers=slice(None, -1))
-        last = scan(model.encoder.layers, layer, penultimate, remat=self.remat, layers=slice(-1, None))
+        penultimate = scan(model.encoder.layers, layer, x, options=self.options, layers=slice(None, -1))
+        last = scan(model.encoder.layers, layer, penultimate, options=self.options, layers=slice(-1, None))
         # Old configs say 2, whatever the vocabulary: there the highest id ends the text.
         eos = self.config.eos_token_id
         end_B = jnp.argmax(ids_BxL if eos == 2 else ids_BxL == eos, axis=-1)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Key
 
+from megjax.models.placement import gathered, gathering
+
 Params = dict[str, Any]
 """Nested dict of arrays. Repeated transformer blocks are stacked on a leading depth axis."""
 
@@ -41,20 +43,27 @@ class Network:
         graphdef: the NNX graph without arrays.
         shapes: the parameter tree of `jax.ShapeDtypeStruct`.
         make: builds the module, given its `rngs`.
+        dtype: of activations.
     """
 
     config: Any
     graphdef: Any
     shapes: Params
     make: Callable[..., nnx.Module] = dataclasses.field(repr=False)
+    dtype: Any = jnp.float32
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Random parameters, as the layers' initialisers draw them."""
         return jax.jit(lambda key: _params(self.make(rngs=nnx.Rngs(key))))(key)
 
     def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
-        """The module's output for these parameters."""
-        return nnx.merge(self.graphdef, _with_int_keys(params))(*args, **kwargs)
+        """The module's output for these parameters, gathered where they are used if a mesh cuts them."""
+
+        def run(params: Params) -> Any:
+            params = _with_int_keys(gathered(params, self.dtype))
+            return nnx.merge(self.graphdef, params)(*args, **kwargs)
+
+        return gathering(run, params, (args, kwargs))
 
 
 def network(module: Callable[..., nnx.Module], config: Any, options: Options) -> Network:
@@ -66,7 +75,7 @@ def network(module: Callable[..., nnx.Module], config: Any, options: Options) ->
     # A key is an argument, so that not even the random bits are computed.
     abstract = nnx.eval_shape(lambda key: make(nnx.Rngs(key)), jax.eval_shape(lambda: jax.random.key(0)))
     graphdef, _ = nnx.split(abstract)
-    return Network(config, graphdef, _params(abstract), make)
+    return Network(config, graphdef, _params(abstract), make, options.dtype)
 
 
 def _params(module: nnx.Module) -> Params:

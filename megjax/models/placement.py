@@ -5,11 +5,15 @@ A rule of path and shape, so that parameters, gradients, averages and optimiser 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import Array, PyTree
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -46,7 +50,7 @@ def partition(
         mesh: with the axes `MESH_AXES`; of those that it lacks nothing is cut.
         min_size: leaves with fewer values, a layer, are replicated.
     """
-    names = [_name(entry) for entry in path]
+    names = _names(path)
     first = int(is_stacked(names))
     if math.prod(shape[first:]) < min_size:
         return PartitionSpec()
@@ -62,9 +66,100 @@ def partition(
     return PartitionSpec(*axes)
 
 
-def _name(entry: Any) -> str:
-    """A path entry's own name: of a dict's key, an attribute or an index."""
-    for field in ("key", "name", "idx"):
-        if hasattr(entry, field):
-            return str(getattr(entry, field))
-    return str(entry)
+def is_cut() -> bool:
+    """Whether the mesh in use (`jax.set_mesh`) cuts parameters over `fsdp`."""
+    return dict(jax.sharding.get_abstract_mesh().shape).get("fsdp", 1) > 1
+
+
+def gathered(params: PyTree, dtype: Any) -> PyTree:
+    """Parameters whole on every device and in `dtype`; the identity on meshes without `fsdp`.
+
+    Stacked layers, which a scan gathers in turn, and what is small stay as they are. The gradient is summed
+    over the devices straight into its own cut.
+
+    Args:
+        params: of a network, or of one layer of a stack.
+        dtype: that it computes in; half of it is half the bytes to gather.
+    """
+    if not is_cut():
+        return params
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def gather(path: tuple[Any, ...], leaf: Array) -> Array:
+        cut = partition(path, leaf.shape, mesh)
+        if "fsdp" not in cut or is_stacked(_names(path)):
+            return leaf
+        whole = PartitionSpec(*(axis if axis == "tensor" else None for axis in cut))
+        return checkpoint_name(_gather(leaf.astype(dtype), whole, cut), _GATHERED)
+
+    return jax.tree_util.tree_map_with_path(gather, params)
+
+
+_GATHERED = "gathered parameters"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: Array, whole: PartitionSpec, cut: PartitionSpec) -> Array:
+    # Cut first, so that it is the conversion's result that travels.
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, cut), whole)
+
+
+def _gather_fwd(x: Array, whole: PartitionSpec, cut: PartitionSpec) -> tuple[Array, None]:
+    return _gather(x, whole, cut), None
+
+
+def _gather_bwd(whole: PartitionSpec, cut: PartitionSpec, _: None, grad: Array) -> tuple[Array]:
+    del whole
+    return (jax.lax.with_sharding_constraint(grad, cut),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def gathering(run: Callable[[PyTree], Any], params: PyTree, inputs: PyTree) -> Any:
+    """`run(params)`, gathering anew whatever the backward pass needs and whatever a loop around it repeats.
+
+    Args:
+        run: a network on its inputs.
+        params: its parameters, cut.
+        inputs: what changes from call to call: else a loop over calls would gather once, and keep all.
+    """
+    if not is_cut():
+        return run(params)
+    policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
+    arrays = [x for x in jax.tree.leaves(inputs) if isinstance(x, jax.Array)]
+    return jax.checkpoint(run, policy=policy)(_after(params, arrays))
+
+
+@jax.custom_vjp
+def _after(params: PyTree, arrays: list[Array]) -> PyTree:
+    """`params`, which XLA may not use before `arrays` are there."""
+    return jax.lax.optimization_barrier((params, arrays))[0]
+
+
+def _after_fwd(params: PyTree, arrays: list[Array]) -> tuple[PyTree, None]:
+    return _after(params, arrays), None
+
+
+def _after_bwd(_: None, grads: PyTree) -> tuple[PyTree, None]:
+    return grads, None
+
+
+_after.defvjp(_after_fwd, _after_bwd)
+
+
+def spread(x: Array) -> Array:
+    """An array whose leading axis is the batch, over the mesh's `data` and `fsdp`, if there are any."""
+    mesh = dict(jax.sharding.get_abstract_mesh().shape)
+    parts = math.prod(mesh.get(axis, 1) for axis in BATCH_AXES)
+    if parts == 1 or x.shape[0] % parts:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def _names(path: Sequence[Any]) -> list[str]:
+    """A path of strings: of dicts' keys, attributes or indices."""
+    fields = ("key", "name", "idx")
+    names = [str(next((getattr(e, f) for f in fields if hasattr(e, f)), e)) for e in path]
+    # NNX keeps an array in a variable, under one more key.
+    return [name for name in names if name not in ("value", "raw_value")]

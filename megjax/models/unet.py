@@ -22,6 +22,7 @@ from megjax.models.layers import (
     sinusoidal,
 )
 from megjax.models.network import Network, Options, network
+from megjax.models.placement import spread
 
 MergeAt = Callable[[tuple[int, int]], Merge | None]
 
@@ -200,6 +201,9 @@ class UNet(nnx.Module):
             The predicted noise, float32.
         """
         cfg = self.config
+        z_BxHxWxC, t_B, text_BxLxE, pooled_BxP, sizes_Bx6 = map(
+            spread, (z_BxHxWxC, t_B, text_BxLxE, pooled_BxP, sizes_Bx6)
+        )
         numbers = itertools.count()
 
         def merge_at(grid: tuple[int, int]) -> Merge | None:

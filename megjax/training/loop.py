@@ -88,7 +88,7 @@ def fit(
 
     Args:
         step: the update, see `megjax.training.step.make_step`.
-        state: the initial state; its structure and shardings are what a checkpoint is restored to.
+        state: the initial state, used up; its structure and shardings are what a checkpoint is restored to.
         key: the run's key; each step folds in its number.
         steps: updates in all.
         folder: holds `name/` (checkpoints), `name.jsonl` (the log) and `name-pictures/`.
@@ -125,7 +125,11 @@ def fit(
             stack.enter_context(jax.set_mesh(mesh))
             key = place_key(key, mesh)
         position = Position()
-        if restored := restore(manager, state, logs.say, with_data=batches is not None):
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        if manager.all_steps():
+            # The memory may not hold two states.
+            jax.tree.map(lambda x: x.delete(), state)
+        if restored := restore(manager, like, logs.say, with_data=batches is not None):
             state, position = restored
             if batches is not None:
                 batches.set_state(position.data)

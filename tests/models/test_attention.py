@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megjax.errors import MegError
-from megjax.models.attention import MAX_LOGIT_BYTES, _largest_divisor
+from megjax.models.attention import MAX_SCORE_BYTES, _largest_divisor
 from megjax.models.attention import attention as attend
 
 
@@ -54,7 +54,7 @@ def test_blocks_give_the_same_values_and_gradients(monkeypatch):
         return jnp.sum(jnp.sin(attend(q, k, v)))
 
     whole = jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
-    monkeypatch.setattr("megjax.models.attention.MAX_LOGIT_BYTES", 4 * 2 * 3 * 9 * 5)  # five rows
+    monkeypatch.setattr("megjax.models.attention.MAX_SCORE_BYTES", 4 * 2 * 3 * 9 * 5)  # five rows
     blocks = jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), whole, blocks)
 
@@ -69,7 +69,7 @@ def test_scores_of_16384_tokens_are_never_all_held():
         for shape in set(_tensor_shapes(text))
         if shape.endswith("xf32")
     )
-    assert largest <= MAX_LOGIT_BYTES
+    assert largest <= MAX_SCORE_BYTES
 
 
 def _tensor_shapes(text):
