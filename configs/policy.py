@@ -66,7 +66,8 @@ PPO = PolicyRunConfig(learner=PpoConfig(), folder=Path("runs/policy/ppo"))
 """PPO-Lagrangian with a PID multiplier: `python -m train.policy ppo`, one CPU core, under a minute."""
 
 PPO_PLAIN = PolicyRunConfig(
-    learner=PpoConfig(pid=Pid(proportional=0.0, integral=0.05)), folder=Path("runs/policy/ppo_plain")
+    learner=PpoConfig(pid=Pid(proportional=0.0, integral=0.05, max_error=1.0)),
+    folder=Path("runs/policy/ppo_plain"),
 )
 """Plain Lagrangian: the multiplier is the sum of violations. `python -m train.policy ppo_plain`, as `ppo`."""
 

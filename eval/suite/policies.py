@@ -47,13 +47,14 @@ TIGHT = 1.1
 PAPER_PPO = dataclasses.replace(
     PpoConfig(),
     envs=4,
+    greedy_envs=0,
     collect_steps=64,
     epochs=100,
     discount=0.99,
     lr=5e-4,
     final_lr_share=1.0,
     hidden=(128, 128),
-    pid=Pid(proportional=0.05, integral=0.0005, derivative=0.1),
+    pid=Pid(proportional=0.05, integral=0.0005, derivative=0.1, max_error=1.0),
     squash="tanh",
 )
 """The authors' PPO-Lagrangian (spec section 8), over as many frames as their MEG-CVPO."""

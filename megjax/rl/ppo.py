@@ -37,9 +37,11 @@ from megjax.rl.networks import Gaussian, Mlp, Moments, Squash
 class Pid:
     """Gains on the relative violation (J - d) / d; only `integral` > 0 is the plain Lagrangian method."""
 
-    proportional: float = 5.0
-    integral: float = 0.1
+    proportional: float = 20.0
+    integral: float = 0.5
     derivative: float = 0.0
+    max_error: float = 0.02
+    """Largest violation that the integral counts: what early exploration costs must not wind it up."""
     max_multiplier: float = 100.0
 
 
@@ -64,7 +66,7 @@ class PpoConfig:
     target_kl: float = 0.02
     """An epoch's updates stop once KL(old || new) is over it."""
     lr: float = 3e-4
-    final_lr_share: float = 0.01
+    final_lr_share: float = 0.03
     hidden: tuple[int, ...] = (64, 64)
     pid: Pid = dataclasses.field(default_factory=Pid)
     mean_memory: float = 2.0
@@ -98,7 +100,8 @@ def pid_multiplier(
     pid: Pid, violation: Float[Array, "*b"], previous: Float[Array, "*b"], integral: Float[Array, "*b"]
 ) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
     """Return the multiplier and the new integral; only growth of the violation counts in the derivative."""
-    integral = jnp.clip(integral + pid.integral * violation, 0.0, pid.max_multiplier)
+    error = jnp.clip(violation, -pid.max_error, pid.max_error)
+    integral = jnp.clip(integral + pid.integral * error, 0.0, pid.max_multiplier)
     slope = jnp.maximum(violation - previous, 0.0)
     lam = jnp.clip(pid.proportional * violation + integral + pid.derivative * slope, 0.0, pid.max_multiplier)
     return lam, integral

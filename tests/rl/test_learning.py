@@ -230,9 +230,12 @@ def test_replay_keeps_groups_apart_and_frames_in_order():
 
 
 def test_pid_multiplier():
-    pid = Pid(proportional=2.0, integral=0.5, derivative=1.0)
+    pid = Pid(proportional=2.0, integral=0.5, derivative=1.0, max_error=0.5)
     lam, integral = pid_multiplier(pid, jnp.asarray(0.1), jnp.asarray(0.0), jnp.asarray(0.2))
     np.testing.assert_allclose(integral, 0.25)
     np.testing.assert_allclose(lam, 0.2 + 0.25 + 0.1, rtol=1e-6)
+    for violation, integral in ((3.0, 1.25), (-3.0, 0.75)):  # wound up by no more than half a limit
+        found = pid_multiplier(pid, jnp.asarray(violation), jnp.asarray(0.0), jnp.asarray(1.0))
+        np.testing.assert_allclose(found[1], integral)
     lam, integral = pid_multiplier(pid, jnp.asarray(-1.0), jnp.asarray(0.1), jnp.asarray(0.2))
     assert lam == integral == 0.0
