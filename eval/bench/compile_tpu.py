@@ -1,12 +1,14 @@
 """SDXL's U-Net compiled for one TPU chip without having one, against Flax diffusers.
 
     python -m eval.bench.compile_tpu [--sides megjax flax-diffusers] [--topology v5e:2x2] [--json OUT.json]
+    python -m eval.bench.compile_tpu --program gradient --batch 1 --sides megjax
 
 Compiles the forward pass in bfloat16, guided (batch 2), at 1024 x 1024 with the TPU compiler on the CPU, both
-sides in one run, each in a process of its own. No weights are allocated. Prints for each side the seconds
-that compiling took, by the clock and of the processor, and what one chip needs: temporaries, peak memory,
-bytes accessed and FLOPs, with loops counted as often as they run. Takes minutes of one core. Needs libtpu
-(extra `tpu`), and the other side diffusers (extra `parity`).
+sides in one run, each in a process of its own; or loss and gradients with rematerialisation. No weights are
+allocated. Prints for each side the seconds that compiling took, by the clock and of the processor, and what
+one chip needs: temporaries, peak memory, bytes accessed, FLOPs and the compiler's estimate of the seconds,
+with loops counted as often as they run. Takes minutes of one core. Needs libtpu (extra `tpu`), and the other
+side diffusers (extra `parity`).
 """
 
 from __future__ import annotations
@@ -32,21 +34,25 @@ class Config:
     """What to compile.
 
     Args:
+        program: the forward pass, or loss and gradients, rematerialised (MegJAX's side alone).
         sides: whose U-Net, in turn.
         topology: a TPU topology that libtpu knows; the program runs on its first chip.
         latent: latents' height and width.
         batch: pictures a call; guidance takes two.
         core: pin to this CPU core; -1 for any.
+        tuned: compile MegJAX's side with `megjax.plan.chips.TPU_OPTIONS`; the peer has libtpu's own.
         hlo: folder for the compiled programs, if wanted.
         json: where to write the figures, if anywhere.
         side: compile one side in this process and print its figures as JSON.
     """
 
+    program: Literal["forward", "gradient"] = "forward"
     sides: tuple[Side, ...] = ("megjax", "flax-diffusers")
     topology: str = "v5e:2x2"
     latent: int = 128
     batch: int = 2
     core: int = -1
+    tuned: bool = True
     hlo: Path | None = None
     json: Path | None = None
     side: Side | None = None
@@ -54,6 +60,10 @@ class Config:
 
 def main(config: Config) -> None:
     """Compile each side, or the one that is asked for, and print what the compiler says."""
+    if config.program == "gradient" and "flax-diffusers" in config.sides:
+        raise SystemExit(
+            "--program gradient: of --sides megjax alone; diffusers' class has no rematerialisation"
+        )
     if config.side is not None:
         program = {"megjax": megjax_unet, "flax-diffusers": flax_diffusers_unet}[config.side]
         print(json.dumps(compiled(config, *program(config))))
@@ -64,19 +74,19 @@ def main(config: Config) -> None:
         print(side, json.dumps(report[side]), flush=True)
     if set(report) == {"megjax", "flax-diffusers"}:
         ours, peer = report["megjax"], report["flax-diffusers"]
-        print("MegJAX / Flax diffusers: " + ", ".join(f"{k} {ours[k] / peer[k]:.3f}" for k in ours))
+        quotients = {name: ours[name] / peer[name] for name in ours if peer[name]}
+        print("MegJAX / Flax diffusers: " + ", ".join(f"{k} {v:.3f}" for k, v in quotients.items()))
     save(config.json, report)
 
 
 def run(config: Config, side: Side) -> dict[str, float]:
     """Compile one side in a fresh process; libtpu takes one compilation at a time on a machine."""
-    # Only the compiler of the TPU is wanted: without this, JAX looks for chips.
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
         "JAX_ENABLE_COMPILATION_CACHE": "0",
     }
-    args = [f"--{name}={getattr(config, name)}" for name in ("topology", "latent", "batch")]
+    args = [f"--{name}={getattr(config, name)}" for name in ("program", "topology", "latent", "batch")]
+    args.append("--tuned" if config.tuned else "--no-tuned")
     args += [] if config.hlo is None else [f"--hlo={config.hlo}"]
     child = subprocess.run(
         [sys.executable, "-m", "eval.bench.compile_tpu", "--side", side, *args],
@@ -92,18 +102,19 @@ def run(config: Config, side: Side) -> dict[str, float]:
 def compiled(config: Config, fn: Callable[..., Any], args: tuple) -> dict[str, float]:
     """Compile `fn(*args)` for the topology's first chip; seconds, GiB, GB and TFLOP."""
     import jax
-    from jax.experimental import topologies
 
-    from megjax import flops
+    from megjax.plan.account import account
+    from megjax.plan.chips import TPU_OPTIONS, topology
 
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=config.topology)
-    chip = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    chips = topology(config.topology)
+    chip = jax.sharding.SingleDeviceSharding(chips.devices[0])
     lowered = jax.jit(fn, in_shardings=chip).lower(*args)
-    executable, timing = timed(lowered.compile)
+    options = TPU_OPTIONS if config.tuned and config.side == "megjax" else None
+    executable, timing = timed(lambda: lowered.compile(compiler_options=options))
     text = executable.as_text()
     if config.hlo is not None:
-        (config.hlo / f"{config.side}.hlo").write_text(text)
-    memory, cost = executable.memory_analysis(), flops.count_hlo(text)
+        (config.hlo / f"{config.side}-{config.program}.hlo").write_text(text)
+    memory, cost = executable.memory_analysis(), account(text, chips.chip)
     return {
         "compile_s": timing.wall_s,
         "compile_cpu_s": timing.cpu_s,
@@ -112,18 +123,24 @@ def compiled(config: Config, fn: Callable[..., Any], args: tuple) -> dict[str, f
         "peak_gib": memory.peak_memory_in_bytes / 2**30,
         "accessed_gb": cost.bytes_accessed / 1e9,
         "tflop": cost.flops / 1e12,
+        "estimate_s": cost.seconds,
+        "kernels": cost.kernels,
     }
 
 
 def megjax_unet(config: Config) -> tuple[Callable[..., Any], tuple]:
     """Our U-Net and the shapes of its arguments."""
+    import jax
     import jax.numpy as jnp
 
     from megjax.models import Options, UNetConfig, unet
 
-    net = unet(UNetConfig(), Options(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
-    z, t, text, pooled, sizes = shapes(config, channels_last=True)
-    return lambda *args: net(*args), (net.shapes, z, t, text, pooled, sizes)
+    gradient = config.program == "gradient"
+    net = unet(UNetConfig(), Options(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, remat=gradient))
+    args = (net.shapes, *shapes(config, channels_last=True))
+    if gradient:
+        return jax.value_and_grad(lambda *args: jnp.mean(jnp.square(net(*args)))), args
+    return lambda *args: net(*args), args
 
 
 def flax_diffusers_unet(config: Config) -> tuple[Callable[..., Any], tuple]:

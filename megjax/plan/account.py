@@ -63,7 +63,7 @@ class Account(NamedTuple):
     @property
     def collective_bytes(self) -> float:
         """Bytes that a device sends."""
-        return sum(c.runs * c.sent_bytes for c in self.collectives)
+        return math.fsum(c.runs * c.sent_bytes for c in self.collectives)
 
 
 def account(text: str, chip: Chip, *, dynamic_trips: int | None = None) -> Account:
@@ -87,11 +87,11 @@ def account(text: str, chip: Chip, *, dynamic_trips: int | None = None) -> Accou
         if not inside:
             seconds += operation.runs * operation_s(operation, chip)
     return Account(
-        flops=sum(o.runs * o.cost.flops for o in operations),
-        bytes_accessed=sum(o.runs * o.cost.bytes_accessed for o in operations),
+        flops=math.fsum(o.runs * o.cost.flops for o in operations),
+        bytes_accessed=math.fsum(o.runs * o.cost.bytes_accessed for o in operations),
         seconds=seconds,
-        collective_s=sum(c.runs * c.sent_bytes for c in found) / chip.ici_bytes_per_s,
-        kernels=sum(o.runs for o in operations if _is_kernel(o.instruction)),
+        collective_s=math.fsum(c.runs * c.sent_bytes for c in found) / chip.ici_bytes_per_s,
+        kernels=math.fsum(o.runs for o in operations if _is_kernel(o.instruction)),
         collectives=found,
     )
 
@@ -114,8 +114,9 @@ def shape_bytes(shape: str) -> list[int]:
 
 
 def _is_kernel(instruction: Instruction) -> bool:
-    # ConcatBitcast is a way to look at memory.
-    return instruction.opcode == "custom-call" and "ConcatBitcast" not in instruction.attributes
+    # Two ways to name memory are none.
+    named = ("ConcatBitcast", "AllocateBuffer")
+    return instruction.opcode == "custom-call" and not any(n in instruction.attributes for n in named)
 
 
 def _collectives(module: flops.Module, operation: Operation) -> Iterator[Collective]:

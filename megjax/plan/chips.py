@@ -45,6 +45,14 @@ CHIPS = {
 }
 """The compiler's rates are those of its own estimates (`optimal_seconds`), held by a test."""
 
+TPU_OPTIONS = {
+    "xla_tpu_run_space_to_batch": False,
+    "xla_tpu_run_space_to_batch_on_new_platforms": False,
+    "xla_tpu_scoped_vmem_limit_kib": 8192,
+}
+"""Of libtpu's compiler. Without space-to-batch a picture's convolutions at small batches are not spread over
+a batch that they do not have, to and fro; half its scratch memory halves the compiler's search for tiles."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Topology:

@@ -1,0 +1,62 @@
+"""`megjax export-ue`: the device's decoder as one file that runs without MegJAX."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from megjax.errors import MegError
+from megjax.models import Options
+from megjax.pipeline.device import carried_shapes, export_device, load_device, token_grid
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportUe:
+    """Write the device's half as a portable StableHLO artifact, its weights inside.
+
+    It un-merges and decodes one message at any ratio. `jax.export.deserialize(bytes).call(content)` runs it,
+    with no MegJAX installed.
+    """
+
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("decoder.stablehlo")
+    """Where it goes."""
+    model: str = "tiny"
+    """`tiny`, a folder in diffusers layout, or a hub id of an SDXL model."""
+    decoder: str | None = None
+    """A distilled decoder by its name (`meg`), or `vae`; the model's own choice if not given."""
+    platforms: tuple[Literal["cpu", "cuda", "tpu"], ...] = ("cpu", "cuda", "tpu")
+    """That it is to run on."""
+    layout: Literal["patch", "strip"] = "patch"
+    """How tokens make up the latent; `strip` is the paper's."""
+    height: int | None = None
+    """Of the pictures in pixels; the model's own if not given."""
+    width: int | None = None
+    """Likewise."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of weights and activations."""
+
+
+def export_ue_command(args: tyro.conf.OmitArgPrefixes[ExportUe]) -> None:
+    """Write the device's half as a portable StableHLO artifact, its weights inside."""
+    if not args.output.absolute().parent.is_dir():
+        raise MegError(f"output {args.output}: there is no folder {args.output.parent}; create it first")
+    if args.output.is_dir():
+        raise MegError(f"output {args.output}: is a folder; choose a file")
+    if (args.height is None) != (args.width is None):
+        raise MegError("height and width: give both or neither")
+    size = None if args.height is None or args.width is None else (args.height, args.width)
+    device = load_device(args.model, Options(args.dtype, args.dtype), decoder=args.decoder, size=size)
+    artifact = export_device(device, args.platforms, args.layout)
+    temporary = args.output.with_name(f".{args.output.name}.tmp")
+    temporary.write_bytes(artifact)
+    os.replace(temporary, args.output)
+    console = Console()
+    size_mb, where = len(artifact) / 1e6, ", ".join(args.platforms)
+    console.print(f"{args.output}: {size_mb:.1f} MB for {where}; reads", highlight=False)
+    for name, shape in carried_shapes(token_grid(device), 4 * device.decoder.config.latent_channels).items():
+        console.print(f"  {name}: {shape.dtype}{list(shape.shape)}", highlight=False, markup=False)

@@ -1,0 +1,177 @@
+"""The device's half as one artifact: what a message carries in, a picture out, weights inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+from jaxtyping import Array
+
+from megjax import merging, weights
+from megjax.errors import MegError
+from megjax.link.counts import Grid, half, partition_sizes
+from megjax.link.wire import Message
+from megjax.merging.message import rebuild_plan
+from megjax.merging.plan import Matches
+from megjax.models import Network, Options, Params, UNetConfig, VAEConfig, from_dict, vae_decoder, vae_encoder
+from megjax.pipeline.load import DECODERS, EMBEDDED
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+Carried = dict[str, Array]
+"""A message's content, in shapes that depend on its grid alone; see `carried_shapes`."""
+
+
+class Device(NamedTuple):
+    """The device's decoder.
+
+    Args:
+        decoder: the network.
+        params: its parameters.
+        size: height and width of its pictures; pixels.
+    """
+
+    decoder: Network
+    params: Params
+    size: tuple[int, int]
+
+
+def load_device(
+    model: str | Path = "tiny",
+    options: Options = Options(),
+    *,
+    decoder: str | None = None,
+    size: tuple[int, int] | None = None,
+) -> Device:
+    """Load a backbone's decoder and nothing else of it.
+
+    Args:
+        model: an embedded backbone, a folder in diffusers layout or a hub id.
+        options: the parameters are converted to its `param_dtype`.
+        decoder: a distilled one by its name (`meg`), or `vae`; the backbone's own choice unless given.
+        size: of the pictures, pixels; the backbone's own unless given.
+
+    Raises:
+        WeightsError: for a folder that is missing, incomplete or of another kind than SDXL's.
+        MegError: no such decoder, or a size that is no multiple of a token's.
+    """
+    folder = weights.open_folder(EMBEDDED.get(str(model), model))
+
+    def config(cls: Any, part: str) -> Any:
+        return from_dict(cls, folder.configs[part], origin=str(folder.path / part / "config.json"))
+
+    vae = config(VAEConfig, "vae")
+    network = vae_decoder(vae, options)
+    distilled = folder.path / DECODERS
+    names = sorted(p.name for p in distilled.iterdir() if p.is_dir()) if distilled.is_dir() else []
+    name = decoder or ("meg" if "meg" in names else "vae")
+    if name not in ("vae", *names):
+        raise MegError(f"decoder {name!r}: {model} has {', '.join(['vae', *names])}")
+    side = config(UNetConfig, "unet").sample_size * vae.downsampling
+    height, width = size or (side, side)
+    token = 2 * vae.downsampling
+    if height < token or width < token or height % token or width % token:
+        raise MegError(f"size {height} x {width}: both must be multiples of {token}, a token's pixels")
+    if name == "vae":
+        shapes = {**vae_encoder(vae, options).shapes, **network.shapes}
+        both = weights.load(folder.path / "vae", shapes, dtype=options.param_dtype)
+        params = {key: both[key] for key in network.shapes}
+    else:
+        params = weights.load(distilled / name, network.shapes, dtype=options.param_dtype)
+    return Device(network, params, (height, width))
+
+
+def token_grid(device: Device) -> Grid:
+    """Rows and columns of the tokens that the device receives."""
+    scale = device.decoder.config.downsampling
+    return merging.token_grid(device.size[0] // scale, device.size[1] // scale)
+
+
+def carried_shapes(grid: Grid, values: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the device reads out of a message.
+
+    `features`, merged tokens in float32, zeros after the last; `key_data` of the partition; and for each
+    round, the second all zeros where there was none, `merged` (does this source merge?) and `best` (into
+    which destination).
+
+    Args:
+        grid: token rows and columns.
+        values: of a token.
+    """
+    N = grid[0] * grid[1]
+    shapes = {
+        "features": jax.ShapeDtypeStruct((N, values), jnp.float32),
+        "key_data": jax.ShapeDtypeStruct((2,), jnp.uint32),
+    }
+    for i, each in enumerate((grid, half(grid)), start=1):
+        sources, _ = partition_sizes(each)
+        shapes[f"merged_{i}"] = jax.ShapeDtypeStruct((sources,), jnp.bool_)
+        shapes[f"best_{i}"] = jax.ShapeDtypeStruct((sources,), jnp.int32)
+    return shapes
+
+
+def carried(message: Message) -> dict[str, np.ndarray]:
+    """A decoded message as what the exported program reads."""
+    values = message.features_MxD.shape[1]
+    arrays = {
+        name: np.zeros(shape.shape, shape.dtype)
+        for name, shape in carried_shapes(message.grid, values).items()
+    }
+    arrays["features"][: len(message.features_MxD)] = message.features_MxD
+    arrays["key_data"][:] = message.key_data
+    for i, (merged, best) in enumerate(message.index_map, start=1):
+        arrays[f"merged_{i}"][:], arrays[f"best_{i}"][:] = merged, best
+    return arrays
+
+
+def receiver(device: Device, layout: Literal["patch", "strip"] = "patch") -> Callable[[Carried], Array]:
+    """Un-merge and decode, Eq. (20), at any ratio: a message's content -> a picture (H, W, 3) in [0, 1].
+
+    Args:
+        device: its decoder.
+        layout: how the tokens make up the latent.
+    """
+    grid = token_grid(device)
+
+    def receive(content: Carried) -> Array:
+        plan = _plan(content, grid)
+        tokens = merging.unmerge(content["features"], plan)
+        z = merging.from_tokens(tokens[None], grid, layout)
+        return jnp.clip(device.decoder(device.params, z)[0], 0.0, 1.0)
+
+    return receive
+
+
+def _plan(content: Carried, grid: Grid) -> merging.Plan:
+    rounds, counts = [], []
+    for i in (1, 2):
+        merged = content[f"merged_{i}"]
+        rounds.append(Matches(merged, content[f"best_{i}"]))
+        counts.append(jnp.sum(merged, dtype=jnp.int32))
+    return rebuild_plan(content["key_data"], tuple(rounds), jnp.stack(counts), grid)
+
+
+def export_device(
+    device: Device, platforms: Sequence[str] = PLATFORMS, layout: Literal["patch", "strip"] = "patch"
+) -> bytes:
+    """The device's program as portable StableHLO, for `jax.export.deserialize`; weights inside.
+
+    Args:
+        device: its decoder.
+        platforms: that it is to run on.
+        layout: how the tokens make up the latent.
+
+    Raises:
+        MegError: an unknown platform, or none.
+    """
+    if not platforms or set(platforms) - {*PLATFORMS, "rocm"}:
+        raise MegError(f"platforms {', '.join(platforms)}: choose from {', '.join(PLATFORMS)}")
+    values = 4 * device.decoder.config.latent_channels
+    shapes = carried_shapes(token_grid(device), values)
+    exported = export.export(jax.jit(receiver(device, layout)), platforms=tuple(platforms))(shapes)
+    return bytes(exported.serialize())

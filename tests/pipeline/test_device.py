@@ -1,0 +1,93 @@
+"""The exported device: run where there is no MegJAX, at several ratios with one artifact."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from megjax import merging
+from megjax.cli import main
+from megjax.errors import MegError
+from megjax.link import wire
+from megjax.merging.message import pack, unpack
+from megjax.models import Options
+from megjax.pipeline.device import Device, carried, load_device, receiver
+from tests.small import save_random
+
+RATIOS = (0.0, 0.3, 0.9)
+
+RUN = """
+import sys
+import jax, numpy as np
+with open("decoder.stablehlo", "rb") as file:
+    program = jax.export.deserialize(bytearray(file.read()))
+assert program.platforms == ("cpu", "cuda", "tpu"), program.platforms
+messages = np.load("messages.npz")
+names = {name.split("/")[1] for name in messages}
+pictures = [program.call({n: messages[f"{i}/{n}"] for n in names}) for i in range(3)]
+np.save("pictures.npy", np.stack(pictures))
+assert not any(name.split(".")[0] in ("megjax", "flax") for name in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_random(tmp_path_factory.mktemp("backbone") / "model")
+
+
+def message(ratio):
+    z = jax.random.normal(jax.random.key(0), (16, 16, 4))
+    tokens, key = merging.to_tokens(z), jax.random.key(1)
+    plan = merging.match(tokens, key, ratio, (8, 8))
+    return pack(merging.merge(tokens, plan), plan, key, ratio, (8, 8))
+
+
+def test_one_artifact_decodes_every_ratio_without_megjax(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    monkeypatch.setattr(sys, "argv", ["megjax", "export-ue", "--model", str(folder)])
+    main()
+    assert "features: float32[64, 16]" in capsys.readouterr().out
+    messages = [message(ratio) for ratio in RATIOS]
+    arrays = [carried(wire.decode(m)) for m in messages]
+    np.savez("messages.npz", **{f"{i}/{n}": v for i, a in enumerate(arrays) for n, v in a.items()})
+    # From a folder where no megjax lies, with a path that does not lead to one.
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", RUN], env={"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    device = load_device(folder)
+    for picture, sent in zip(np.load("pictures.npy"), messages, strict=True):
+        received = unpack(sent)
+        tokens = merging.unmerge(received.merged_NxD, received.plan)
+        z = merging.from_tokens(tokens[None], (8, 8), "patch")
+        expected = jnp.clip(device.decoder(device.params, z)[0], 0, 1)
+        assert np.std(expected) > 1e-3
+        np.testing.assert_allclose(picture, expected, atol=2e-5)
+
+
+def test_messages_of_one_round_fill_the_second_with_zeros():
+    content = carried(wire.decode(message(0.3)))
+    assert content["features"].shape == (64, 16)
+    assert content["merged_1"].sum() == 19
+    assert not content["merged_2"].any()
+    # Rows after the last are zeros.
+    assert not content["features"][45:].any()
+    assert content["features"][44].any()
+
+
+def test_the_decoder_that_is_asked_for(folder):
+    tiny = load_device("tiny", Options())
+    vae = load_device("tiny", Options(), decoder="vae")
+    assert isinstance(tiny, Device)
+    assert tiny.size == (64, 64)
+    same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), tiny.params, vae.params)
+    assert not all(jax.tree.leaves(same))
+    assert callable(receiver(vae))
+    with pytest.raises(MegError, match="decoder 'other'"):
+        load_device(folder, decoder="other")
+    with pytest.raises(MegError, match="multiples of 8"):
+        load_device(folder, size=(60, 64))
