@@ -18,6 +18,7 @@ from megjax.training.pretrain import (
     train_autoencoder,
     train_decoder,
     train_denoiser,
+    train_text_encoders,
 )
 
 
@@ -26,9 +27,15 @@ def main(config: PretrainConfig) -> None:
     keep_freed_memory()
     config.folder.mkdir(parents=True, exist_ok=True)
     key_vae, key_pool, key_denoiser = jax.random.split(jax.random.key(config.seed), 3)
-    names, start = ("decoder", "denoiser"), None
+    start = None
+    stages = {
+        "vae": config.vae_steps if config.start is None else 0,
+        "text": config.layout_steps,
+        "coarse": config.coarse_steps,
+        "denoiser": config.steps,
+        "decoder": config.decoder_steps,
+    }
     if config.start is None:
-        names = ("vae", *names)
         autoencoder = train_autoencoder(config, key_vae)
     else:
         finished = load_pipeline(config.start)
@@ -36,10 +43,12 @@ def main(config: PretrainConfig) -> None:
         config = dataclasses.replace(config, vae=finished.vae_decoder.config)
         autoencoder = {"encoder": start["vae_encoder"], "decoder": start["vae_decoder"]}
     pool = latent_pool(config, autoencoder["encoder"], key_pool)
-    denoiser = train_denoiser(config, pool.data, key_denoiser, start)
+    text = train_text_encoders(config, pool.data, jax.random.fold_in(key_denoiser, 1), start)
+    denoiser = train_denoiser(config, pool.data, key_denoiser, (start or {}) | text)
     decoder = train_decoder(config, autoencoder, jax.random.fold_in(key_vae, 1))
     model = save_backbone(config, pool.vae, autoencoder, decoder, denoiser)
-    draw_curves(config.folder, names, model / "curves.png")
+    trained = tuple(name for name, steps in stages.items() if steps)
+    draw_curves(config.folder, trained, model / "curves.png")
     print(model)
 
 

@@ -130,8 +130,10 @@ def decoder_distillation(config: DecoderConfig, pipeline: Pipeline) -> Program:
         clip=config.clip,
         weight_decay=config.weight_decay,
     )
+    # A decoder to start from has the shapes of any other, and no file is read while tracing.
+    fresh = dataclasses.replace(config, start=None)
     shapes = jax.eval_shape(
-        lambda key: init_state(_start(config, pipeline, decoder, key), optimizer), jax.random.key(0)
+        lambda key: init_state(_start(fresh, pipeline, decoder, key), optimizer), jax.random.key(0)
     )
     loss = rows_loss(config, decoder, _ranges(config))
     step = make_step(loss, optimizer, config.ema_decay, accumulate=config.accumulate)

@@ -30,7 +30,7 @@ class _Layout(nnx.Module):
     def __call__(
         self, context_BxSxE: Float[Array, "B S E"], pooled_BxP: Float[Array, "B P"]
     ) -> Float[Array, "B h w C"]:
-        x = self.queries[...] + self.pooled(pooled_BxP)[:, None, :]
+        x = self.queries[...][None] + self.pooled(pooled_BxP)[:, None, :]
         for block in self.blocks:
             x = block(x, context_BxSxE)
         return self.out(x).reshape(len(x), self.side, self.side, -1)

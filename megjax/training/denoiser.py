@@ -12,7 +12,21 @@ from megjax.diffusion import Schedule, encode_text, noised
 from megjax.models import Network
 from megjax.training.step import Loss, Metrics
 
-MAX_WEIGHT = 30.0
+
+class Emphasis(NamedTuple):
+    """Which errors count.
+
+    Args:
+        lowest: timesteps below are not drawn; the others all alike.
+        max_weight: of a timestep, at most.
+    """
+
+    lowest: int = 0
+    max_weight: float = 30.0
+
+
+COARSE = Emphasis(850, float("inf"))
+"""Where the layout of a picture is decided and errors in eps are small: each counts as one in the picture."""
 
 
 class Captioned(NamedTuple):
@@ -36,12 +50,11 @@ def denoiser_loss(
     empty_L: Int[Array, L],
     text_drop: float,
     batch: int,
+    emphasis: Emphasis,
 ) -> Loss:
-    """Weighted noise prediction: w(t) || eps_theta(z_t, t, text) - n ||^2, w = min(1/abar_t, 30).
+    """Weighted noise prediction: w(t) || eps_theta(z_t, t, text) - n ||^2, w = min(1/abar_t, max_weight).
 
-    The layout of a picture, and which colour belongs to which shape, is decided where the noise is high and
-    errors in eps are small: there the weight makes it an error in velocity, and timesteps are drawn with a
-    density that rises linearly, from half the mean at t = 0 to one and a half at the end.
+    The weight makes it an error in velocity, up to its bound.
 
     Args:
         unet: of parameters `params["unet"]`.
@@ -51,14 +64,14 @@ def denoiser_loss(
         empty_L: token ids of the empty prompt.
         text_drop: share of captions replaced by the empty prompt, for classifier-free guidance.
         batch: pictures a step, drawn from the data with replacement.
+        emphasis: which timesteps are drawn, and the weight's bound.
 
     Returns:
         A loss over `Captioned` data.
     """
     S = len(schedule.abar)
-    weight_S = jnp.minimum(1.0 / schedule.abar, MAX_WEIGHT)
-    density_S = 0.5 + jnp.arange(S) / S
-    weight_S = weight_S / (jnp.sum(weight_S * density_S) / jnp.sum(density_S))
+    weight_S = jnp.minimum(1.0 / schedule.abar, emphasis.max_weight)
+    weight_S = weight_S / jnp.mean(weight_S[emphasis.lowest :])
 
     def loss(params: Any, key: Key[Array, ""], data: Captioned) -> tuple[Float[Array, ""], Metrics]:
         key_pick, key_t, key_noise, key_drop = jax.random.split(key, 4)
@@ -66,8 +79,7 @@ def denoiser_loss(
         z0 = data.z0_NxHxWxC[rows].astype(jnp.float32)
         dropped = jax.random.bernoulli(key_drop, text_drop, (batch, 1))
         ids = jnp.where(dropped, empty_L[None, :], data.ids_NxL[rows])
-        u = jax.random.uniform(key_t, (batch,))
-        t = jnp.minimum((S * (jnp.sqrt(0.25 + 2 * u) - 0.5)).astype(jnp.int32), S - 1)
+        t = jax.random.randint(key_t, (batch,), emphasis.lowest, S)
         noise = jax.random.normal(key_noise, z0.shape)
 
         text_params = (params["text_encoder"], params["text_encoder_2"])

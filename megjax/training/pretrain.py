@@ -1,4 +1,4 @@
-"""MEG-Tiny from nothing: autoencoder first, then U-Net and text encoders on its latents, all on `scenes`."""
+"""MEG-Tiny from nothing: autoencoder, then text encoders, then U-Net and text encoders, all on `scenes`."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ from megjax.data.tokenizer import token_ids, vocabulary, write_tokenizer
 from megjax.diffusion import schedule
 from megjax.models import (
     CLIPTextConfig,
+    Network,
     Params,
     UNetConfig,
     VAEConfig,
     clip_text,
+    layout,
     unet,
     vae_decoder,
     vae_encoder,
 )
 from megjax.pipeline.save import save_pipeline
-from megjax.training.denoiser import Captioned, denoiser_loss
+from megjax.training.denoiser import COARSE, Captioned, Emphasis, denoiser_loss
+from megjax.training.layout import layout_loss
 from megjax.training.loop import fit
 from megjax.training.step import Loss, Metrics, TrainState, adamw, init_state, make_step
 from megjax.training.vae import autoencoder_loss, decoder_loss
@@ -55,6 +58,12 @@ class PretrainConfig:
     """Crops of photographs in a batch of the autoencoder."""
     vae_learning_rate: float = 2e-3
     kl_weight: float = 1e-6
+    layout_steps: int = 1500
+    """Steps in which the text encoders learn, before the U-Net does, where a caption's things are."""
+    layout_batch: int = 64
+    layout_learning_rate: float = 2e-3
+    coarse_steps: int = 1000
+    """Steps of the U-Net and the text encoders at the highest noise alone, where the layout is decided."""
     steps: int = 4000
     batch: int = 64
     learning_rate: float = 1e-3
@@ -63,6 +72,8 @@ class PretrainConfig:
     two_objects: float = 0.7
     """Share of scenes with two objects: binding attributes to objects is what takes longest."""
     text_drop: float = 0.1
+    max_weight: float = 30.0
+    """Of a timestep in the loss, at most."""
     ema_decay: float = 0.999
     checkpoint_every: int = 200
 
@@ -80,7 +91,7 @@ def train_autoencoder(config: PretrainConfig, key: Key[Array, ""]) -> Params:
 
 
 def train_decoder(config: PretrainConfig, autoencoder: Params, key: Key[Array, ""]) -> Params:
-    """Stage two; returns the averaged parameters of the decoder, trained on alone for a frozen encoder."""
+    """Stage four; returns the averaged parameters of the decoder, trained on alone for a frozen encoder."""
     loss = decoder_loss(vae_encoder(config.vae), vae_decoder(config.vae), autoencoder["encoder"])
     return _fit_pictures(config, loss, autoencoder["decoder"], key, config.decoder_steps, "decoder")
 
@@ -162,6 +173,55 @@ def _normalised(vae: VAEConfig, latents_NxHxWxC: np.ndarray, ids_NxL: np.ndarray
     return Pool(Captioned(jnp.asarray(z0, jnp.bfloat16), jnp.asarray(ids_NxL)), config)
 
 
+def train_text_encoders(
+    config: PretrainConfig, data: Captioned, key: Key[Array, ""], start: Params | None = None
+) -> Params:
+    """Stage two; returns the averaged parameters of `text_encoder` and `text_encoder_2`.
+
+    Args:
+        config: the networks and their training.
+        data: from `latent_pool`.
+        key: of the initial parameters and the run.
+        start: parameters of the two to go on from, instead of random ones.
+    """
+    encoders = _text_encoders(config)
+    networks = {**encoders, "layout": layout(config.unet, config.text_encoder_2.projection_dim)}
+    key_init, key_run = jax.random.split(key)
+    params = _init(networks, key_init) | {name: start[name] for name in encoders if start is not None}
+    size = (config.vae.sample_size, config.vae.sample_size)
+    loss = layout_loss(
+        (networks["text_encoder"], networks["text_encoder_2"]),
+        networks["layout"],
+        size=size,
+        batch=config.layout_batch,
+    )
+    optimizer = adamw(config.layout_learning_rate, config.layout_steps, warmup=100)
+    state = fit(
+        make_step(loss, optimizer, config.ema_decay),
+        init_state(params, optimizer),
+        key=key_run,
+        steps=config.layout_steps,
+        batch_at=lambda _: data,
+        folder=config.folder,
+        name="text",
+        checkpoint_every=config.checkpoint_every,
+    )
+    return {name: state.ema[name] for name in encoders}
+
+
+def _text_encoders(config: PretrainConfig) -> dict[str, Network]:
+    return {
+        "text_encoder": clip_text(config.text_encoder),
+        "text_encoder_2": clip_text(config.text_encoder_2),
+    }
+
+
+def _init(networks: dict[str, Network], key: Key[Array, ""]) -> Params:
+    return {
+        name: network.init(jax.random.fold_in(key, i)) for i, (name, network) in enumerate(networks.items())
+    }
+
+
 def train_denoiser(
     config: PretrainConfig, data: Captioned, key: Key[Array, ""], start: Params | None = None
 ) -> Params:
@@ -171,46 +231,46 @@ def train_denoiser(
         config: the networks and their training.
         data: from `latent_pool`.
         key: of the initial parameters and the run.
-        start: parameters of the three to go on from, instead of random ones.
+        start: parameters to go on from, of those that are not to be random.
     """
-    networks = {
-        "unet": unet(config.unet),
-        "text_encoder": clip_text(config.text_encoder),
-        "text_encoder_2": clip_text(config.text_encoder_2),
-    }
-    key_init, key_run = jax.random.split(key)
-    params = {
-        name: network.init(jax.random.fold_in(key_init, i))
-        for i, (name, network) in enumerate(networks.items())
-    }
+    networks = {"unet": unet(config.unet), **_text_encoders(config)}
+    key_init, key_coarse, key_run = jax.random.split(key, 3)
+    params = _init(networks, key_init)
     # Predicting no noise at all is a calmer start than predicting noise of its own.
     params["unet"]["conv_out"] = jax.tree.map(jnp.zeros_like, params["unet"]["conv_out"])
-    if start is not None:
-        params = {name: start[name] for name in params}
+    params |= {name: start[name] for name in params if start is not None and name in start}
     words, _ = vocabulary()
     first, last = words["<|startoftext|>"], words["<|endoftext|>"]
     length = config.text_encoder.max_position_embeddings
-    loss = denoiser_loss(
-        networks["unet"],
-        (networks["text_encoder"], networks["text_encoder_2"]),
-        schedule(),
-        size=(config.vae.sample_size, config.vae.sample_size),
-        empty_L=jnp.array([first] + [last] * (length - 1)),
-        text_drop=config.text_drop,
-        batch=config.batch,
-    )
-    optimizer = adamw(config.learning_rate, config.steps, warmup=200)
-    state = fit(
-        make_step(loss, optimizer, config.ema_decay),
-        init_state(params, optimizer),
-        key=key_run,
-        steps=config.steps,
-        batch_at=lambda _: data,
-        folder=config.folder,
-        name="denoiser",
-        checkpoint_every=config.checkpoint_every,
-    )
-    return state.ema
+
+    def fit_denoiser(
+        params: Params, key: Key[Array, ""], steps: int, emphasis: Emphasis, name: str
+    ) -> Params:
+        loss = denoiser_loss(
+            networks["unet"],
+            (networks["text_encoder"], networks["text_encoder_2"]),
+            schedule(),
+            size=(config.vae.sample_size, config.vae.sample_size),
+            empty_L=jnp.array([first] + [last] * (length - 1)),
+            text_drop=config.text_drop,
+            batch=config.batch,
+            emphasis=emphasis,
+        )
+        optimizer = adamw(config.learning_rate, steps, warmup=200)
+        state = fit(
+            make_step(loss, optimizer, config.ema_decay),
+            init_state(params, optimizer),
+            key=key,
+            steps=steps,
+            batch_at=lambda _: data,
+            folder=config.folder,
+            name=name,
+            checkpoint_every=config.checkpoint_every,
+        )
+        return state.ema
+
+    params = fit_denoiser(params, key_coarse, config.coarse_steps, COARSE, "coarse")
+    return fit_denoiser(params, key_run, config.steps, Emphasis(max_weight=config.max_weight), "denoiser")
 
 
 def save_backbone(
@@ -222,7 +282,7 @@ def save_backbone(
         config: what was trained.
         vae: the autoencoder's config with the latents' statistics, from `latent_pool`.
         autoencoder: of stage one.
-        decoder: of stage two.
+        decoder: of stage four.
         denoiser: of stage three.
     """
     folder = config.folder / "model"

@@ -10,8 +10,11 @@ import optax
 import pytest
 
 from megjax.data.photos import random_crops
+from megjax.models import layout
 from megjax.pipeline import Request, generate, load_pipeline
 from megjax.training import pretrain
+from megjax.training.denoiser import Captioned
+from megjax.training.layout import layout_loss
 from megjax.training.loop import fit
 from megjax.training.step import adamw, init_state, make_step
 from tests.small import CONFIG
@@ -29,7 +32,8 @@ def train(config):
     key_vae, key_pool, key_denoiser = jax.random.split(jax.random.key(config.seed), 3)
     autoencoder = pretrain.train_autoencoder(config, key_vae)
     pool = pretrain.latent_pool(config, autoencoder["encoder"], key_pool)
-    denoiser = pretrain.train_denoiser(config, pool.data, key_denoiser)
+    text = pretrain.train_text_encoders(config, pool.data, key_denoiser)
+    denoiser = pretrain.train_denoiser(config, pool.data, key_denoiser, text)
     decoder = pretrain.train_decoder(config, autoencoder, key_vae)
     return pool, pretrain.save_backbone(config, pool.vae, autoencoder, decoder, denoiser)
 
@@ -95,3 +99,23 @@ def test_crops_are_pictures():
     crops = random_crops(photos, np.random.default_rng(0), 5, 64)
     assert crops.shape == (5, 64, 64, 3)
     np.testing.assert_array_equal(crops, 1.0)
+
+
+def test_the_layout_head_learns_a_picture_s_halves():
+    encoders = pretrain._text_encoders(CONFIG)
+    networks = {**encoders, "layout": layout(CONFIG.unet, CONFIG.text_encoder_2.projection_dim)}
+    params = pretrain._init(networks, jax.random.key(0))
+    z0 = jnp.concatenate([jnp.ones((4, 16, 8, 4)), -jnp.ones((4, 16, 8, 4))], axis=2)
+    data = Captioned(z0, jnp.tile(jnp.arange(20), (4, 1)))
+    loss = layout_loss(
+        (networks["text_encoder"], networks["text_encoder_2"]), networks["layout"], size=(64, 64), batch=8
+    )
+    # The latent's blur is +1 left and -1 right: a head that says nothing is wrong by 1, one that knows by 0.
+    blank = params | {"layout": jax.tree.map(jnp.zeros_like, params["layout"])}
+    np.testing.assert_allclose(loss(blank, jax.random.key(1), data)[0], 1.0, rtol=1e-5)
+    optimizer = adamw(1e-2, 60, warmup=5)
+    step = jax.jit(make_step(loss, optimizer, 0.9))
+    state = init_state(params, optimizer)
+    for _ in range(60):
+        state, metrics = step(state, jax.random.key(2), data)
+    assert metrics["loss"] < 0.05
