@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from megjax.errors import MegError
 from megjax.models.layers import GroupNorm, conv, gelu, layer_norm, linear, scan, stack
 from megjax.models.network import Options
+from megjax.models.placement import batch_parts
 
 IMPLEMENTATIONS = ("xla", "cudnn")
 
@@ -57,7 +58,8 @@ def attention(
     q_BxHxDxT, k_BxHxDxS, v_BxHxDxS = (
         _tokens_last(x) for x in ((q_BxTxHxD * D**-0.5).astype(q_BxTxHxD.dtype), k_BxSxHxD, v_BxSxHxD)
     )
-    row_bytes = v_BxSxHxD.dtype.itemsize * B * H * k_BxSxHxD.shape[1]
+    # Of one device's part of the batch.
+    row_bytes = v_BxSxHxD.dtype.itemsize * (B // batch_parts(B)) * H * k_BxSxHxD.shape[1]
     if causal or T * row_bytes <= MAX_SCORE_BYTES:
         out_BxHxDxT = _softmax_attention(q_BxHxDxT, k_BxHxDxS, v_BxHxDxS, causal)
     else:

@@ -44,6 +44,7 @@ class Network:
         shapes: the parameter tree of `jax.ShapeDtypeStruct`.
         make: builds the module, given its `rngs`.
         dtype: of activations.
+        remat: whether its blocks recompute their activations in the backward pass.
     """
 
     config: Any
@@ -51,6 +52,7 @@ class Network:
     shapes: Params
     make: Callable[..., nnx.Module] = dataclasses.field(repr=False)
     dtype: Any = jnp.float32
+    remat: bool = False
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Random parameters, as the layers' initialisers draw them."""
@@ -63,7 +65,7 @@ class Network:
             params = _with_int_keys(gathered(params, self.dtype))
             return nnx.merge(self.graphdef, params)(*args, **kwargs)
 
-        return gathering(run, params, (args, kwargs))
+        return gathering(run, params, (args, kwargs), remat=self.remat)
 
 
 def network(module: Callable[..., nnx.Module], config: Any, options: Options) -> Network:
@@ -75,7 +77,7 @@ def network(module: Callable[..., nnx.Module], config: Any, options: Options) ->
     # A key is an argument, so that not even the random bits are computed.
     abstract = nnx.eval_shape(lambda key: make(nnx.Rngs(key)), jax.eval_shape(lambda: jax.random.key(0)))
     graphdef, _ = nnx.split(abstract)
-    return Network(config, graphdef, _params(abstract), make, options.dtype)
+    return Network(config, graphdef, _params(abstract), make, options.dtype, options.remat)
 
 
 def _params(module: nnx.Module) -> Params:

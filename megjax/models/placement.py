@@ -74,8 +74,8 @@ def is_cut() -> bool:
 def gathered(params: PyTree, dtype: Any) -> PyTree:
     """Parameters whole on every device and in `dtype`; the identity on meshes without `fsdp`.
 
-    Stacked layers, which a scan gathers in turn, and what is small stay as they are. The gradient is summed
-    over the devices straight into its own cut.
+    Stacked layers, which a scan gathers in turn, a U-Net's resnets, which gather their own, and what is small
+    stay as they are. The gradient is summed over the devices straight into its own cut.
 
     Args:
         params: of a network, or of one layer of a stack.
@@ -86,8 +86,8 @@ def gathered(params: PyTree, dtype: Any) -> PyTree:
     mesh = jax.sharding.get_abstract_mesh()
 
     def gather(path: tuple[Any, ...], leaf: Array) -> Array:
-        cut = partition(path, leaf.shape, mesh)
-        if "fsdp" not in cut or is_stacked(_names(path)):
+        cut, names = partition(path, leaf.shape, mesh), _names(path)
+        if "fsdp" not in cut or is_stacked(names) or "resnets" in names:
             return leaf
         whole = PartitionSpec(*(axis if axis == "tensor" else None for axis in cut))
         return checkpoint_name(_gather(leaf.astype(dtype), whole, cut), _GATHERED)
@@ -116,19 +116,24 @@ def _gather_bwd(whole: PartitionSpec, cut: PartitionSpec, _: None, grad: Array) 
 _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
-def gathering(run: Callable[[PyTree], Any], params: PyTree, inputs: PyTree) -> Any:
+def gathering(run: Callable[[PyTree], Any], params: PyTree, inputs: PyTree, *, remat: bool) -> Any:
     """`run(params)`, gathering anew whatever the backward pass needs and whatever a loop around it repeats.
 
     Args:
         run: a network on its inputs.
         params: its parameters, cut.
         inputs: what changes from call to call: else a loop over calls would gather once, and keep all.
+        remat: whether blocks recompute their activations, and with them what they gather. A policy round
+            them would save what they do not.
     """
     if not is_cut():
         return run(params)
-    policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
     arrays = [x for x in jax.tree.leaves(inputs) if isinstance(x, jax.Array)]
-    return jax.checkpoint(run, policy=policy)(_after(params, arrays))
+    params = _after(params, arrays)
+    if remat:
+        return run(params)
+    policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
+    return jax.checkpoint(run, policy=policy)(params)
 
 
 @jax.custom_vjp
@@ -150,11 +155,16 @@ _after.defvjp(_after_fwd, _after_bwd)
 
 def spread(x: Array) -> Array:
     """An array whose leading axis is the batch, over the mesh's `data` and `fsdp`, if there are any."""
-    mesh = dict(jax.sharding.get_abstract_mesh().shape)
-    parts = math.prod(mesh.get(axis, 1) for axis in BATCH_AXES)
-    if parts == 1 or x.shape[0] % parts:
+    if batch_parts(x.shape[0]) == 1:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def batch_parts(batch: int) -> int:
+    """Parts into which the mesh in use cuts a batch."""
+    mesh = dict(jax.sharding.get_abstract_mesh().shape)
+    parts = math.prod(mesh.get(axis, 1) for axis in BATCH_AXES)
+    return 1 if batch % parts else parts
 
 
 def _names(path: Sequence[Any]) -> list[str]:

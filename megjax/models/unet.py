@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from megjax.models.layers import (
     sinusoidal,
 )
 from megjax.models.network import Network, Options, network
-from megjax.models.placement import spread
+from megjax.models.placement import gathered, spread
 
 MergeAt = Callable[[tuple[int, int]], Merge | None]
 
@@ -44,7 +45,7 @@ class _Block(nnx.Module):
         channels = config.block_out_channels[level]
         time_dim = 4 * config.block_out_channels[0]
         widths = channels_in + [channels] * extra_resnet
-        self.remat = options.remat
+        self.options = options
         self.resnets = nnx.List(
             [
                 ResnetBlock(
@@ -78,8 +79,11 @@ class _Block(nnx.Module):
 
     def resnet(self, i: int, x: Array, emb: Array) -> Array:
         graphdef, params = nnx.split(self.resnets[i])
-        apply = lambda params, x, emb: nnx.merge(graphdef, params)(x, emb)  # noqa: E731
-        return (jax.checkpoint(apply) if self.remat else apply)(params, x, emb)
+
+        def apply(params: Any, x: Array, emb: Array) -> Array:
+            return nnx.merge(graphdef, gathered(params, self.options.dtype))(x, emb)
+
+        return (jax.checkpoint(apply) if self.options.remat else apply)(params, x, emb)
 
     def attend(self, i: int, x: Array, text: Array, merge_at: MergeAt) -> Array:
         return self.attentions[i](x, text, merge_at) if hasattr(self, "attentions") else x

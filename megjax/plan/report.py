@@ -98,7 +98,7 @@ def compile_report(program: str, lowered: Lowered, topology: Topology) -> tuple[
     try:
         compiled = lowered.lowered.compile(compiler_options=dict(TPU_OPTIONS))
     except jax.errors.JaxRuntimeError as error:
-        used = _used_bytes(str(error))
+        used = _used_bytes(str(error), sum(lowered.parts.values()))
         if used is None:
             raise
         seconds = time.perf_counter() - start
@@ -126,14 +126,18 @@ def compile_report(program: str, lowered: Lowered, topology: Topology) -> tuple[
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_EXCEEDED = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
+_ALL = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
+_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM")
 
 
-def _used_bytes(message: str) -> int | None:
+def _used_bytes(message: str, arguments: int) -> int | None:
     """What the compiler says that a program needs which does not fit; None for any other error."""
-    if "RESOURCE_EXHAUSTED" not in message or not (match := _EXCEEDED.search(message)):
+    if "RESOURCE_EXHAUSTED" not in message:
         return None
-    return int(float(match[1]) * _UNITS[match[2]])
+    for pattern, known in ((_ALL, 0), (_TEMPORARIES, arguments)):
+        if match := pattern.search(message):
+            return int(float(match[1]) * _UNITS[match[2]]) + known
+    return None
 
 
 def largest_images(report: Report, other: Report | None = None) -> int:

@@ -78,8 +78,13 @@ def test_advice():
 
 def test_bytes_in_the_compilers_refusal():
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 25.34G of 15.75G hbm. Exceeded"
-    assert report._used_bytes(message) == int(25.34 * GIB)
-    assert report._used_bytes("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem") is None
+    assert report._used_bytes(message, GIB) == int(25.34 * GIB)
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+        "(38.25G) exceeds available HBM (15.75G)."
+    )
+    assert report._used_bytes(message, GIB) == int(39.25 * GIB)
+    assert report._used_bytes("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem", 0) is None
 
 
 def test_reports_count_what_the_program_does(monkeypatch):

@@ -121,6 +121,9 @@ assert all(f"[{','.join(map(str, x.shape))}]" not in shape
 layers = sum(c.runs for c in gathers if c.in_loop)
 assert layers >= (3 * 3 + 2 * 3) * len(stacked) / 2, layers
 assert all(c.runs == 1 for c in gathers if not c.in_loop)
+# What blocks recompute is not kept for all layers after all.
+if REMAT:
+    assert not re.search(r"\\[3,\\d+,\\d,16,16\\]", text), "the layers' attention scores are kept"
 """
 
 
