@@ -1,12 +1,12 @@
 """Presets of `python -m train.pretrain`.
 
-`tiny` makes MEG-Tiny, the backbone in `megjax/assets/tiny`:
+`tiny` makes a backbone such as MEG-Tiny, the one in `megjax/assets/tiny`:
 
     python -m train.pretrain tiny --folder runs/tiny
 
-On two CPU cores: 20 minutes for the autoencoder, 5 for the text encoders, 10 for the U-Net at high noise,
-where the layout is decided, 70 at all noise, 10 for the decoder. It resumes; `--start FOLDER` goes on from a
-finished backbone.
+On two CPU cores: 20 minutes for the autoencoder, 5 for the text encoders, 15 for the U-Net at high noise,
+where the layout is decided, 70 at all noise, 10 for the decoder. It resumes. To go on from a finished one:
+`--start FOLDER --layout-steps 0 --coarse-steps 0`. How the weights that ship were made stands beside them.
 `python -m eval.backbone --model runs/tiny/model` then says how good it is.
 """
 

@@ -10,13 +10,15 @@ import numpy as np
 from jaxtyping import Float
 
 from megjax import merging
-from megjax.diffusion import schedule
 from megjax.link import channel
 from megjax.link.channel import DEFAULT_LINK
 from megjax.link.cost import Compute, FrameCost, Workload, frame_cost
 from megjax.link.payload import rgb_bits
 from megjax.link.profiles import AnyProfile, StepProfile, compute
-from megjax.models import CLIPTextConfig, UNetConfig, VAEConfig, clip_text, unet, vae_decoder, vae_encoder
+from megjax.models import (
+    UNetConfig,
+    VAEConfig,
+)
 from megjax.pipeline.load import Pipeline
 from megjax.pipeline.workload import workload
 
@@ -25,16 +27,6 @@ TABLE2_RATE_BPS = 0.83235e6
 
 SDXL_LATENT = (UNetConfig().sample_size, UNetConfig().sample_size, VAEConfig().latent_channels)
 SDXL_PICTURE = (VAEConfig().sample_size, VAEConfig().sample_size)
-
-BIG_G = CLIPTextConfig(
-    hidden_size=1280,
-    intermediate_size=5120,
-    num_hidden_layers=32,
-    num_attention_heads=20,
-    hidden_act="gelu",
-    projection_dim=1280,
-    with_projection=True,
-)
 
 
 class Scale(NamedTuple):
@@ -59,20 +51,6 @@ class Scale(NamedTuple):
     def raw_bits(self) -> int:
         """A picture as 16-bit RGB."""
         return rgb_bits(*self.picture)
-
-
-def sdxl() -> Pipeline:
-    """Return SDXL's networks without a weight: enough to count."""
-    return Pipeline(
-        name="SDXL",
-        text_encoders=(clip_text(CLIPTextConfig()), clip_text(BIG_G)),
-        unet=unet(UNetConfig()),
-        vae_encoder=vae_encoder(VAEConfig()),
-        vae_decoder=vae_decoder(VAEConfig()),
-        params={},
-        tokenizers=(),
-        schedule=schedule(),
-    )
 
 
 def real(x: Any) -> float:

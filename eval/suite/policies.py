@@ -27,6 +27,7 @@ from eval.suite.measure import sweep
 from megjax.errors import MegError
 from megjax.link.cost import Compute
 from megjax.link.profiles import load
+from megjax.pipeline.load import sdxl
 from megjax.rl import optimum
 from megjax.rl.cvpo import CvpoConfig
 from megjax.rl.env import EnvParams
@@ -69,7 +70,7 @@ def counts(config: SuiteConfig) -> Stage:
 
 
 def _counts(context: Context, settings: Mapping[str, Any]) -> dict[str, Any]:
-    pipeline = physical.sdxl() if settings["physical"] == "sdxl" else context.pipeline
+    pipeline = sdxl() if settings["physical"] == "sdxl" else context.pipeline
     return physical.count(pipeline, settings["tome"])
 
 

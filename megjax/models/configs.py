@@ -229,3 +229,15 @@ def read(cls: type[Config], path: str | Path) -> Config:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise WeightsError(f"{path}: not valid JSON ({error})") from None
     return from_dict(cls, raw, origin=str(path))
+
+
+CLIP_BIG_G = CLIPTextConfig(
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=20,
+    hidden_act="gelu",
+    projection_dim=1280,
+    with_projection=True,
+)
+"""SDXL's second text encoder; its first is `CLIPTextConfig()`."""

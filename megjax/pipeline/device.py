@@ -169,7 +169,7 @@ def export_device(
     Raises:
         MegError: an unknown platform, or none.
     """
-    if not platforms or set(platforms) - {*PLATFORMS, "rocm"}:
+    if not platforms or set(platforms) - set(PLATFORMS):
         raise MegError(f"platforms {', '.join(platforms)}: choose from {', '.join(PLATFORMS)}")
     values = 4 * device.decoder.config.latent_channels
     shapes = carried_shapes(token_grid(device), values)

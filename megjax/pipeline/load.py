@@ -12,9 +12,10 @@ from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file
 
 from megjax import weights
-from megjax.diffusion import Schedule, read_schedule
+from megjax.diffusion import Schedule, read_schedule, schedule
 from megjax.errors import WeightsError
 from megjax.models import (
+    CLIP_BIG_G,
     CLIPTextConfig,
     Network,
     Options,
@@ -147,6 +148,21 @@ def load_pipeline(
         params=params,
         tokenizers=load_tokenizers(folder.path),
         schedule=read_schedule(folder.path / "scheduler" / "scheduler_config.json"),
+    )
+
+
+def sdxl(options: Options = Options()) -> Pipeline:
+    """SDXL's networks and schedule, no weight of which exists: enough to count and to compile."""
+    vae = VAEConfig()
+    return Pipeline(
+        name="SDXL",
+        text_encoders=(clip_text(CLIPTextConfig(), options), clip_text(CLIP_BIG_G, options)),
+        unet=unet(UNetConfig(), options),
+        vae_encoder=vae_encoder(vae, options),
+        vae_decoder=vae_decoder(vae, options),
+        params={},
+        tokenizers=(),
+        schedule=schedule(),
     )
 
 

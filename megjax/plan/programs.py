@@ -10,21 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from megjax.diffusion import Conditioning, schedule
+from megjax.diffusion import Conditioning
 from megjax.distill.diffuser import DiffuserConfig, distillation
 from megjax.distill.encoding import STORED
 from megjax.errors import MegError
 from megjax.models import (
-    CLIPTextConfig,
     Options,
-    UNetConfig,
-    VAEConfig,
-    clip_text,
-    unet,
-    vae_decoder,
-    vae_encoder,
 )
-from megjax.pipeline.load import Pipeline, load_pipeline
+from megjax.pipeline.load import Pipeline, load_pipeline, sdxl
 from megjax.pipeline.split import decode, denoise
 from megjax.training.sharding import batch_sharding, make_mesh, param_shardings, replicated, state_shardings
 from megjax.training.step import Inputs
@@ -51,28 +44,7 @@ class Lowered(NamedTuple):
 
 def backbone(name: Backbone, options: Options) -> Pipeline:
     """The backbone's networks and schedule; of SDXL no parameter exists."""
-    if name == "tiny":
-        return load_pipeline("tiny", options)
-    big = CLIPTextConfig(
-        hidden_size=1280,
-        intermediate_size=5120,
-        num_hidden_layers=32,
-        num_attention_heads=20,
-        hidden_act="gelu",
-        projection_dim=1280,
-        with_projection=True,
-    )
-    vae = VAEConfig()
-    return Pipeline(
-        name=name,
-        text_encoders=(clip_text(CLIPTextConfig(), options), clip_text(big, options)),
-        unet=unet(UNetConfig(), options),
-        vae_encoder=vae_encoder(vae, options),
-        vae_decoder=vae_decoder(vae, options),
-        params={},
-        tokenizers=(),
-        schedule=schedule(),
-    )
+    return load_pipeline("tiny", options) if name == "tiny" else sdxl(options)
 
 
 def lower_training(config: DiffuserConfig, pipeline: Pipeline, devices: Sequence[Any]) -> Lowered:

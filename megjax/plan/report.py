@@ -75,9 +75,10 @@ class Report:
 
     @property
     def bound(self) -> str:
-        """What takes longest."""
-        times = {"compute": self.compute_s, "memory": self.memory_s, "interconnect": self.collective_s}
-        return max(times, key=lambda name: times[name])
+        """What takes longest: the links, or the work, and of that FLOPs or bytes."""
+        if self.collective_s > self.work_s:
+            return "interconnect"
+        return "compute" if self.compute_s > self.memory_s else "memory"
 
 
 def compile_report(program: str, lowered: Lowered, topology: Topology) -> tuple[Report, Account | None]:
@@ -152,7 +153,9 @@ def largest_images(report: Report, other: Report | None = None) -> int:
     """
     assert report.activations is not None
     if other is None or other.activations is None or other.images == report.images:
-        each = report.activations / report.images
+        # A small program's activations may never reach the memory, but its pictures do.
+        needed = max(report.activations, report.peak - sum(report.parts.values()))
+        each = needed / report.images
     else:
         each = (other.peak - report.peak) / (other.images - report.images)
     return report.images + int(max(0, report.hbm - report.peak) / max(each, 1))
@@ -191,7 +194,7 @@ def advice(
         return "; or ".join(changes or ["--lora-rank 64", "another chip"])
     assert largest is not None
     hints = []
-    if report.collective_s > report.work_s:
+    if report.bound == "interconnect":
         hints.append("the links are the bound: more pictures a device hide them")
     if largest > report.images:
         hints.append(f"up to {largest} pictures a device")

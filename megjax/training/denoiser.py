@@ -22,7 +22,7 @@ class Emphasis(NamedTuple):
     """
 
     lowest: int = 0
-    max_weight: float = 30.0
+    max_weight: float = 10.0
 
 
 COARSE = Emphasis(850, float("inf"))

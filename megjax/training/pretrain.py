@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Key
 
 from megjax.data.photos import load_photos, random_crops
@@ -59,11 +60,13 @@ class PretrainConfig:
     vae_learning_rate: float = 2e-3
     kl_weight: float = 1e-6
     layout_steps: int = 1500
-    """Steps in which the text encoders learn, before the U-Net does, where a caption's things are."""
+    """Steps in which the text encoders learn, before the U-Net does, where a caption's things are; 0 to go on
+    from a `start` that knows it."""
     layout_batch: int = 64
     layout_learning_rate: float = 2e-3
     coarse_steps: int = 1000
-    """Steps of the U-Net and the text encoders at the highest noise alone, where the layout is decided."""
+    """Steps of the U-Net and the text encoders at the highest noise alone, where the layout is decided; 0
+    likewise."""
     steps: int = 4000
     batch: int = 64
     learning_rate: float = 1e-3
@@ -72,7 +75,7 @@ class PretrainConfig:
     two_objects: float = 0.7
     """Share of scenes with two objects: binding attributes to objects is what takes longest."""
     text_drop: float = 0.1
-    max_weight: float = 30.0
+    max_weight: float = 10.0
     """Of a timestep in the loss, at most."""
     ema_decay: float = 0.999
     checkpoint_every: int = 200
@@ -196,17 +199,34 @@ def train_text_encoders(
         batch=config.layout_batch,
     )
     optimizer = adamw(config.layout_learning_rate, config.layout_steps, warmup=100)
+    trained = _fit_latents(config, loss, optimizer, params, data, key_run, config.layout_steps, "text")
+    return {name: trained[name] for name in encoders}
+
+
+def _fit_latents(
+    config: PretrainConfig,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    params: Params,
+    data: Captioned,
+    key: Key[Array, ""],
+    steps: int,
+    name: str,
+) -> Params:
+    """Train on the pool; the averaged parameters, or the given ones after no step at all."""
+    if not steps:
+        return params
     state = fit(
         make_step(loss, optimizer, config.ema_decay),
         init_state(params, optimizer),
-        key=key_run,
-        steps=config.layout_steps,
+        key=key,
+        steps=steps,
         batch_at=lambda _: data,
         folder=config.folder,
-        name="text",
+        name=name,
         checkpoint_every=config.checkpoint_every,
     )
-    return {name: state.ema[name] for name in encoders}
+    return state.ema
 
 
 def _text_encoders(config: PretrainConfig) -> dict[str, Network]:
@@ -257,17 +277,7 @@ def train_denoiser(
             emphasis=emphasis,
         )
         optimizer = adamw(config.learning_rate, steps, warmup=200)
-        state = fit(
-            make_step(loss, optimizer, config.ema_decay),
-            init_state(params, optimizer),
-            key=key,
-            steps=steps,
-            batch_at=lambda _: data,
-            folder=config.folder,
-            name=name,
-            checkpoint_every=config.checkpoint_every,
-        )
-        return state.ema
+        return _fit_latents(config, loss, optimizer, params, data, key, steps, name)
 
     params = fit_denoiser(params, key_coarse, config.coarse_steps, COARSE, "coarse")
     return fit_denoiser(params, key_run, config.steps, Emphasis(max_weight=config.max_weight), "denoiser")

@@ -19,15 +19,7 @@ from flax.traverse_util import flatten_dict
 from megjax import models
 
 CLIP_L = models.CLIPTextConfig()
-CLIP_G = models.CLIPTextConfig(
-    hidden_size=1280,
-    intermediate_size=5120,
-    num_hidden_layers=32,
-    num_attention_heads=20,
-    hidden_act="gelu",
-    projection_dim=1280,
-    with_projection=True,
-)
+CLIP_G = models.CLIP_BIG_G
 SDXL = {
     "unet": models.UNetConfig(),
     "vae": models.VAEConfig(),
