@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from megjax.cli.output import engineering, save, to_uint8, writable
 from megjax.errors import MegError
 from megjax.link import channel, profiles
 from megjax.link.cost import FrameCost, frame_cost
@@ -94,7 +93,7 @@ class Generate:
 
 def generate_command(args: tyro.conf.OmitArgPrefixes[Generate]) -> None:
     """Generate a picture through the split and print what it cost."""
-    output = _writable(args.output)
+    output = writable(args.output)
     snr = _link_snr(args)
     if args.policy is not None:
         choice = act(load_policy(args.policy), float(channel.to_db(snr)), limits=args.limits)
@@ -144,7 +143,7 @@ def generate_command(args: tyro.conf.OmitArgPrefixes[Generate]) -> None:
             for result in generate_each(pipeline, requests, start, on_stage=stage):
                 results.append(result)
                 progress.advance(task)
-            _save(output, _contact_sheet(requests, results))
+            save(output, _contact_sheet(requests, results))
             return
         result = generate(pipeline, request, start, on_stage=stage)
         stage("counting FLOPs")
@@ -157,7 +156,7 @@ def generate_command(args: tyro.conf.OmitArgPrefixes[Generate]) -> None:
             rate_bps,
             float(channel.from_db(channel.DEFAULT_LINK.tx_power_dbm - 30.0)),
         )
-    _save(output, Image.fromarray(_to_uint8(result.image_HxWx3)))
+    save(output, Image.fromarray(to_uint8(result.image_HxWx3)))
     Console().print(_table(args, result, cost, float(rate_bps), output))
 
 
@@ -180,19 +179,12 @@ def _table(args: Generate, result: Generated, cost: FrameCost, rate_bps: float, 
         ("device", cost.latency_ue_s, cost.energy_ue_j),
         ("total", cost.latency_s, cost.energy_j),
     ):
-        table.add_row(part, _engineering(float(seconds), "s"), _engineering(float(joules), "J"))
+        table.add_row(part, engineering(float(seconds), "s"), engineering(float(joules), "J"))
     table.add_section()
     table.add_row("payload", f"{result.payload_bits} bits", f"{result.tokens} tokens")
     table.add_row("against the reference", f"MSE {result.mse:.5f}", f"PSNR {result.psnr_db:.2f} dB")
     table.caption = f"latency and energy modelled: hardware profile {args.profile}, Eqs. (1)-(7)"
     return table
-
-
-def _engineering(value: float, unit: str) -> str:
-    if value == 0:
-        return f"0 {unit}"
-    thousand = min(max(math.floor(math.log10(abs(value)) / 3), -3), 1)
-    return f"{value / 1000.0**thousand:.3g} {['n', 'µ', 'm', '', 'k'][thousand + 3]}{unit}"
 
 
 def _contact_sheet(requests: list[Request], results: list[Generated]) -> Image.Image:
@@ -213,31 +205,9 @@ def _contact_sheet(requests: list[Request], results: list[Generated]) -> Image.I
         x, y = margin + column * (width + margin), margin + row * (height + label + margin)
         title = f"T {request.steps}, r {request.ratio:g}, {result.psnr_db:.1f} dB"
         draw.text((x, y), title, fill="black")
-        picture = Image.fromarray(_to_uint8(result.image_HxWx3))
+        picture = Image.fromarray(to_uint8(result.image_HxWx3))
         sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y + label))
     return sheet
-
-
-def _to_uint8(image: np.ndarray) -> np.ndarray:
-    return np.round(image * 255).astype(np.uint8)
-
-
-def _writable(path: Path) -> Path:
-    """Refuse an output that cannot be written before anything is computed."""
-    folder = path.parent
-    if path.suffix.lower() != ".png":
-        raise MegError(f"output {path}: give a file name that ends in .png")
-    if not folder.is_dir():
-        raise MegError(f"output {path}: there is no folder {folder}; create it first")
-    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise MegError(f"output {path}: not writable; choose another file")
-    return path
-
-
-def _save(path: Path, picture: Image.Image) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    picture.save(temporary, format="PNG")
-    temporary.replace(path)
 
 
 def _read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:

@@ -10,12 +10,18 @@ import jax
 import tyro
 
 from megjax.allocator import keep_freed_memory
+from megjax.cli.device import device_command
 from megjax.cli.export_ue import export_ue_command
 from megjax.cli.generate import generate_command
 from megjax.cli.plan import plan_command
 from megjax.errors import MegError
 
-COMMANDS = {"generate": generate_command, "plan": plan_command, "export-ue": export_ue_command}
+COMMANDS = {
+    "generate": generate_command,
+    "plan": plan_command,
+    "export-ue": export_ue_command,
+    "device": device_command,
+}
 
 
 def main() -> None:
