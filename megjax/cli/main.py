@@ -14,12 +14,14 @@ from megjax.cli.device import device_command
 from megjax.cli.export_ue import export_ue_command
 from megjax.cli.generate import generate_command
 from megjax.cli.plan import plan_command
+from megjax.cli.serve import serve_command
 from megjax.errors import MegError
 
 COMMANDS = {
     "generate": generate_command,
     "plan": plan_command,
     "export-ue": export_ue_command,
+    "serve": serve_command,
     "device": device_command,
 }
 

@@ -1,0 +1,90 @@
+"""Runs a server: listens, and ends without losing what it accepted."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from types import FrameType
+
+import uvicorn
+
+from megjax.errors import MegError
+from megjax.pipeline import Pipeline
+from megjax.serve.app import create_app
+from megjax.serve.config import ServeConfig
+from megjax.serve.service import Service
+
+log = logging.getLogger("megjax.serve")
+
+
+def run(pipeline: Pipeline, config: ServeConfig) -> bool:
+    """Serve until SIGTERM or SIGINT; a second one ends it at once. Returns whether it ended as told.
+
+    On the first signal what waits is finished, new requests are answered 503, and only then does it close.
+
+    Raises:
+        MegError: an address that cannot be listened on; see `Service`.
+    """
+    service = Service(pipeline, config)
+    failed = False
+
+    def fail() -> None:
+        nonlocal failed
+        failed = server.should_exit = True
+
+    app = create_app(service, fail)
+    listener = listen(config)
+    settings = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=config.connections,
+        timeout_keep_alive=int(max(1, config.receive_s)),
+        timeout_graceful_shutdown=10,
+        h11_max_incomplete_event_size=16384,
+        proxy_headers=False,
+    )
+    server = uvicorn.Server(settings)
+    at_once = server.handle_exit
+    stopping: list[asyncio.Task[None]] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if stopping:
+            return at_once(number, frame)
+        log.info("%s: finishing what was accepted", signal.Signals(number).name)
+        loop = asyncio.get_event_loop()
+        loop.call_soon_threadsafe(lambda: stopping.append(loop.create_task(drain())))
+
+    async def drain() -> None:
+        await service.batcher.drain(config.drain_s)
+        server.should_exit = True
+
+    server.handle_exit = stop
+    host, port = listener.getsockname()[:2]
+    log.info("http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    server.run(sockets=[listener])
+    return not failed
+
+
+def listen(config: ServeConfig) -> socket.socket:
+    """Take the address.
+
+    Raises:
+        MegError: it cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        return listener
+    except (OSError, UnicodeError) as error:
+        raise MegError(f"cannot listen on {config.host} port {config.port}: {error}") from None

@@ -1,0 +1,347 @@
+"""A server's state, and a request's way through it: check, queue, batch, answer."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megjax.errors import MegError
+from megjax.link import channel, profiles
+from megjax.link.cost import Compute, frame_cost
+from megjax.pipeline import Pipeline, Request
+from megjax.pipeline.workload import workload
+from megjax.rl.policy import Policy, act, load_policy
+from megjax.serve import engine
+from megjax.serve.batching import Batcher, Job, Refused
+from megjax.serve.config import ServeConfig
+from megjax.serve.engine import Sent, Size, Task, Times
+from megjax.serve.metrics import Metrics
+from megjax.serve.picture import Shown, show
+from megjax.serve.schemas import GenerateRequest
+
+log = logging.getLogger("megjax.serve")
+
+WARM_STEPS = 8
+
+
+class Wanted(NamedTuple):
+    """What the worker needs to know of a request."""
+
+    task: Task
+    limits: tuple[float, float] | None
+    """Latency (s) and energy (kJ)."""
+    rate_bps: float
+    psnr_db: float
+    picture: bool
+    """Whether to run the device's half too."""
+
+
+class Done(NamedTuple):
+    """A request's answer."""
+
+    sent: Sent
+    result: dict[str, Any]
+    shown: Shown | None
+
+
+class Service:
+    """One backbone, its queue and its worker thread, the only one that runs JAX.
+
+    Args:
+        pipeline: the backbone.
+        config: see `ServeConfig`.
+
+    Raises:
+        MegError: a policy or profile that cannot be read, a size that cannot be generated.
+    """
+
+    def __init__(self, pipeline: Pipeline, config: ServeConfig):
+        self.pipeline, self.config, self.metrics = pipeline, config, Metrics()
+        own = pipeline.image_size, pipeline.image_size
+        self.sizes: tuple[Size, ...] = config.sizes or (own,)
+        self.policies = [load_policy(path) for path in config.policies]
+        self.profile = profiles.load(config.profile)
+        self.fewest_steps = engine.fewest_steps(pipeline)
+        if config.max_steps < self.fewest_steps:
+            raise MegError(f"max_steps {config.max_steps}: this model takes at least {self.fewest_steps}")
+        for size in self.sizes:
+            self._request(GenerateRequest(prompt="-", steps=config.max_steps, ratio=0.0), size)
+        self.batcher = Batcher(self._batch, config.batch_sizes, config.queue, config.linger_s)
+        self.ready = False
+        self._compute: dict[Size, Compute] = {}
+        self._worker = ThreadPoolExecutor(1, "megjax-jax")
+        self._reader = ThreadPoolExecutor(1, "megjax-text")
+        self._ids = itertools.count(1)
+        self._name = secrets.token_hex(4)
+        metrics = self.metrics
+        metrics.ready.set_function(lambda: float(self.ready and not self.batcher.draining))
+        metrics.waiting.set_function(lambda: float(len(self.batcher.waiting)))
+        metrics.running.set_function(lambda: float(self.batcher.running))
+
+    async def run(self) -> None:
+        """Compile everything, then serve until cancelled."""
+        await asyncio.get_running_loop().run_in_executor(self._worker, self._warm)
+        self.ready = True
+        await self.batcher.run()
+
+    def close(self) -> None:
+        """Let go of the threads; what runs in them is left to end."""
+        for pool in (self._worker, self._reader):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    async def answer(
+        self, body: GenerateRequest, gone: Callable[[], Awaitable[None]], *, picture: bool = False
+    ) -> Done:
+        """Generate what a request asks for.
+
+        Args:
+            body: the request.
+            gone: returns once the client has left.
+            picture: run the device's half too.
+
+        Raises:
+            Refused: with the status that tells why.
+        """
+        started, config = time.monotonic(), self.config
+        deadline_s = min(body.deadline_s or config.deadline_s, config.deadline_s)
+        if body.deadline_s is not None and body.deadline_s > config.deadline_s:
+            raise Refused(422, f"deadline_s: at most {config.deadline_s:g} s are allowed")
+        if self.batcher.draining:
+            raise Refused(503, "the server is shutting down; ask again", 1)
+        if not self.ready:
+            raise Refused(503, "the server is starting; ask again", 2)
+        wanted = await self._wanted(body, picture)
+        name = f"{self._name}-{next(self._ids)}"
+        if config.log_prompts:
+            log.info("%s: prompt %r, negative prompt %r", name, body.prompt, body.negative_prompt)
+        job = self.batcher.submit((wanted.task.size, picture), wanted)
+        leaving = asyncio.ensure_future(gone())
+        try:
+            left_s = max(0.0, deadline_s - (time.monotonic() - started))
+            await asyncio.wait({job.answer, leaving}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            leaving.cancel()
+            late = not job.answer.done()
+            job.answer.cancel()
+        if late and leaving.done() and not leaving.cancelled():
+            self.metrics.cancelled.labels("client left").inc()
+            raise Refused(499, "the client left")
+        if late:
+            self.metrics.cancelled.labels("deadline").inc()
+            raise Refused(504, f"not done within {deadline_s:g} s")
+        done: Done = job.answer.result()
+        result = {"id": name, **done.result}
+        result["timings"] = {**done.result["timings"], "total_s": round(time.monotonic() - started, 6)}
+        self._count(done, result)
+        return done._replace(result=result)
+
+    def _count(self, done: Done, result: dict[str, Any]) -> None:
+        self.metrics.payload_bits.inc(done.sent.payload_bits)
+        self.metrics.chosen.labels(result["chosen_by"]).inc()
+        for part, seconds in result["timings"].items():
+            self.metrics.parts.labels(part.removesuffix("_s")).observe(seconds)
+
+    async def _wanted(self, body: GenerateRequest, picture: bool) -> Wanted:
+        size = self.sizes[0] if body.height is None or body.width is None else (body.height, body.width)
+        if size not in self.sizes:
+            known = ", ".join(f"{height} x {width}" for height, width in self.sizes)
+            raise Refused(422, f"height and width: this server makes {known}")
+        limits = None
+        if body.limits is not None:
+            limits = body.limits.latency_s, body.limits.energy_j / 1000
+            try:
+                covering(self.policies, limits)
+            except MegError as error:
+                raise Refused(422, str(error)) from None
+        elif body.steps is not None and body.steps > self.config.max_steps:
+            most = self.config.max_steps
+            raise Refused(422, f"steps: from {self.fewest_steps} to {most} are allowed")
+        loop = asyncio.get_running_loop()
+        try:
+            task = await loop.run_in_executor(self._reader, self._task, body, size)
+        except MegError as error:
+            raise Refused(422, str(error)) from None
+        psnr_db = float("inf") if body.channel.psnr_db is None else body.channel.psnr_db
+        return Wanted(task, limits, body.channel.rate_bps, psnr_db, picture)
+
+    def _request(self, body: GenerateRequest, size: Size) -> Request:
+        request = Request(
+            body.prompt,
+            negative_prompt=body.negative_prompt,
+            steps=self.fewest_steps if body.steps is None else body.steps,
+            ratio=0.0 if body.ratio is None else body.ratio,
+            guidance=body.guidance,
+            seed=body.seed,
+            height=size[0],
+            width=size[1],
+        )
+        engine.check(request, self.pipeline)
+        return request
+
+    def _task(self, body: GenerateRequest, size: Size) -> Task:
+        request = self._request(body, size)
+        return engine.prepare(self.pipeline, request, body.dtype, chosen=body.steps is not None)
+
+    async def _batch(self, jobs: Sequence[Job], size: int) -> Sequence[Any]:
+        begun = time.monotonic()
+        self.metrics.rows.observe(len(jobs))
+        wanted = [job.work for job in jobs]
+        abandoned = threading.Event()
+
+        def watch(_: object) -> None:
+            if all(job.answer.done() for job in jobs):
+                abandoned.set()
+
+        for job in jobs:
+            job.answer.add_done_callback(watch)
+        loop = asyncio.get_running_loop()
+        answers = await loop.run_in_executor(self._worker, self._generate, wanted, size, abandoned)
+        for job, answer in zip(jobs, answers, strict=True):
+            if isinstance(answer, Done):
+                answer.result["timings"] = {
+                    "queue_s": round(begun - job.arrived_s, 6),
+                    **answer.result["timings"],
+                }
+        return answers
+
+    def _generate(
+        self, wanted: Sequence[Wanted], size: int, abandoned: threading.Event
+    ) -> list[Done | Exception]:
+        """Run a batch; in the worker thread."""
+        if abandoned.is_set():
+            return [Refused(504, "nobody waits")] * len(wanted)
+        answers: list[Done | Exception] = [Refused(500, "not generated")] * len(wanted)
+        tasks: dict[int, Task] = {}
+        for i, each in enumerate(wanted):
+            try:
+                tasks[i] = each.task if each.limits is None else self._chosen(each)
+            except MegError as error:
+                answers[i] = error
+        if not tasks:
+            return answers
+        sent, times = engine.messages(self.pipeline, list(tasks.values()), size)
+        for (i, task), message in zip(tasks.items(), sent, strict=True):
+            if isinstance(message, MegError):
+                answers[i] = message
+                continue
+            answers[i] = Done(message, self._result(wanted[i], task, message, times, size), None)
+        if wanted[0].picture:
+            self._show(wanted, tasks, answers, size)
+        return answers
+
+    def _show(
+        self, wanted: Sequence[Wanted], tasks: dict[int, Task], answers: list[Done | Exception], size: int
+    ) -> None:
+        """Run the device's half for those that were generated, beside their references."""
+        good = {i: answer for i, answer in enumerate(answers) if isinstance(answer, Done)}
+        if not good:
+            return
+        each = [(tasks[i], done.sent.message, wanted[i].psnr_db) for i, done in good.items()]
+        for (i, done), shown in zip(good.items(), show(self.pipeline, each, size), strict=True):
+            answers[i] = shown if isinstance(shown, MegError) else done._replace(shown=shown)
+
+    def _chosen(self, wanted: Wanted) -> Task:
+        """Let the policy choose by the channel that the device reports."""
+        assert wanted.limits is not None
+        policy = covering(self.policies, wanted.limits)
+        limits = wanted.limits if policy.info.conditioned else None
+        choice = act(policy, snr_db_of(wanted.rate_bps), limits=limits)
+        steps = min(max(choice.steps, self.fewest_steps), self.config.max_steps)
+        return engine.choose(wanted.task, steps, choice.ratio, self.pipeline)
+
+    def _result(self, wanted: Wanted, task: Task, sent: Sent, times: Times, batch: int) -> dict[str, Any]:
+        cost = frame_cost(
+            self._compute[task.size],
+            task.steps or 0,
+            sent.payload_bits,
+            wanted.rate_bps,
+            float(channel.from_db(channel.DEFAULT_LINK.tx_power_dbm - 30.0)),
+        )
+        return {
+            "steps": task.steps,
+            "ratio": task.ratio,
+            "chosen_by": "request" if wanted.limits is None else "policy",
+            "batch": batch,
+            "seed": task.seed,
+            "tokens": sent.tokens,
+            "payload_bits": sent.payload_bits,
+            "timings": {name: round(seconds, 6) for name, seconds in times._asdict().items()},
+            "latency_s": _parts(
+                es=cost.latency_es_s, tx=cost.latency_tx_s, ue=cost.latency_ue_s, total=cost.latency_s
+            ),
+            "energy_j": _parts(
+                es=cost.energy_es_j,
+                tx=cost.energy_tx_j,
+                ue=cost.energy_ue_j,
+                fixed=cost.energy_fixed_j,
+                total=cost.energy_j,
+            ),
+        }
+
+    def _warm(self) -> None:
+        """Compile and time every batch size; in the worker thread."""
+        for size in self.sizes:
+            self._compute[size] = profiles.compute(self.profile, workload(self.pipeline, size), tome=False)
+            for batch in self.batcher.seconds:
+                # No prompt is known to every vocabulary; the empty one is.
+                request = Request(
+                    "", steps=min(WARM_STEPS, self.config.max_steps), height=size[0], width=size[1]
+                )
+                task = engine.blank(self.pipeline, request)
+                wanted = [Wanted(task, None, 1e6, 10.0, True)]
+                start = time.perf_counter()
+                self._generate(wanted, batch, threading.Event())
+                compiled = time.perf_counter()
+                engine.messages(self.pipeline, [task] * batch, batch)
+                if size == self.sizes[0]:
+                    self.batcher.seconds[batch] = time.perf_counter() - compiled
+                log.info(
+                    "%d x %d, batch %d: ready in %.1f s, takes %.3f s",
+                    *size,
+                    batch,
+                    compiled - start,
+                    time.perf_counter() - compiled,
+                )
+        for policy in self.policies:
+            act(policy, 0.0)
+
+
+def covering(policies: Sequence[Policy], limits: tuple[float, float]) -> Policy:
+    """The first policy that keeps these limits: latency (s) and energy (kJ).
+
+    Raises:
+        MegError: there is none; naming what is kept.
+    """
+    if not policies:
+        raise MegError("limits: no policy is loaded here; give steps and ratio")
+    kept = []
+    for policy in policies:
+        trained = np.asarray(policy.info.limits, float)
+        low, high = trained.min(axis=0), trained.max(axis=0)
+        if np.all(np.asarray(limits) >= 0.999 * low) and np.all(np.asarray(limits) <= 1.001 * high):
+            return policy
+        ends = [f"{pair[0]:g} s and {pair[1] * 1000:g} J" for pair in (low, high)]
+        kept.append(ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}")
+    raise MegError(f"limits: the policies here keep {'; '.join(kept)}")
+
+
+def snr_db_of(rate_bps: float) -> float:
+    """The signal-to-noise ratio that gives this rate over the paper's bandwidth, Eq. (4) solved for it.
+
+    Bounded to -30 and 30 dB: a policy has seen nothing beyond.
+    """
+    exponent = min(rate_bps / float(channel.DEFAULT_LINK.bandwidth_hz), 100.0)
+    return float(np.clip(10 * np.log10(np.expm1(exponent * np.log(2)) + 1e-30), -30.0, 30.0))
+
+
+def _parts(**parts: Any) -> dict[str, float]:
+    return {name: float(f"{float(value):.6g}") for name, value in parts.items()}
