@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator, Callable
 from importlib import resources
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
@@ -122,6 +123,9 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         "headers": {RESULT_HEADER: {"schema": {"type": "string"}, "description": "What was done, as JSON"}},
     }
 
+    # Only described here: the guard checks it before the application sees anything.
+    token = [Security(HTTPBearer(auto_error=False))] if service.config.token is not None else []
+
     def closing() -> dict[str, str]:
         return {"Connection": "close"} if service.batcher.draining else {}
 
@@ -132,7 +136,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
         return await service.answer(body, gone, picture=picture)
 
-    @app.post("/v1/generate", response_class=Response, responses={200: message, **errors})
+    @app.post("/v1/generate", response_class=Response, responses={200: message, **errors}, dependencies=token)
     async def generate(body: GenerateRequest, request: Request) -> Response:
         """Generate a picture; its message, and what was done in the header `MegJAX-Result`."""
         done = await answer(body, request, False)
@@ -143,7 +147,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         }
         return StreamingResponse(_chunks(done.sent.message), media_type=MEDIA_TYPE, headers=headers)
 
-    @app.post("/v1/picture", responses=errors)
+    @app.post("/v1/picture", responses=errors, dependencies=token)
     async def picture(body: GenerateRequest, request: Request) -> JSONResponse:
         """Generate a picture and run the device's half here too; PNGs in base64."""
         done = await answer(body, request, True)
@@ -162,7 +166,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         """Whether the process lives; asks for no token."""
         return {"status": "alive"}
 
-    @app.get("/readyz", responses={401: errors[401], 503: errors[503]})
+    @app.get("/readyz", responses={401: errors[401], 503: errors[503]}, dependencies=token)
     async def readyz() -> dict[str, str]:
         """Whether requests are taken."""
         if service.batcher.draining:
@@ -171,12 +175,12 @@ def _add_routes(app: FastAPI, service: Service) -> None:
             raise Refused(503, "the server is starting", 2)
         return {"status": "ready"}
 
-    @app.get("/metrics", response_class=Response, responses={401: errors[401]})
+    @app.get("/metrics", response_class=Response, responses={401: errors[401]}, dependencies=token)
     async def metrics() -> Response:
         """Counters in Prometheus' text format."""
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/v1/info", responses={401: errors[401]})
+    @app.get("/v1/info", responses={401: errors[401]}, dependencies=token)
     async def info() -> dict[str, Any]:
         """What this server makes, and within which bounds."""
         return _info(service)

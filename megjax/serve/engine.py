@@ -6,7 +6,6 @@ its place: the same request in a batch of the same size is the same message, bit
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections.abc import Sequence
@@ -141,10 +140,9 @@ def messages(pipeline: Pipeline, tasks: Sequence[Task], batch: int) -> tuple[lis
     """
     latents_BxHxWxC, times = latents(pipeline, tasks, batch)
     start = time.perf_counter()
-    seeds_B, ratios_B = _column(tasks, batch, "seed"), _column(tasks, batch, "ratio")
-    merged = jax.device_get(
-        merge(latents_BxHxWxC, jnp.asarray(seeds_B, jnp.uint32), jnp.asarray(ratios_B, jnp.float32))
-    )
+    seed_B = jnp.asarray(_column(tasks, batch, "seed"), jnp.uint32)
+    ratio_B = jnp.asarray(_column(tasks, batch, "ratio"), jnp.float32)
+    merged = jax.device_get(merge(latents_BxHxWxC, seed_B, ratio_B))
     grid = grid_of(pipeline, tasks[0].size)
     sent = [_write(merged, row, task, pipeline, grid) for row, task in enumerate(tasks)]
     return sent, times._replace(merge_s=time.perf_counter() - start)
@@ -261,7 +259,7 @@ def _write(merged: Merged, row: int, task: Task, pipeline: Pipeline, grid: Grid)
             [(np.asarray(each.merged_A), np.asarray(each.best_A)) for each in plan.rounds],
             grid=grid,
             ratio=ratio,
-            key_data=merged.key_Bx2[row],
+            key_data=np.asarray(merged.key_Bx2[row]),
             dtype=task.dtype,
         )
         return Sent(message, tokens, _bits(pipeline, task.size, ratio, task.dtype))
@@ -273,11 +271,6 @@ def _bits(pipeline: Pipeline, size: Size, ratio: float, dtype: wire.WireDtype) -
     grid, values = grid_of(pipeline, size), 4 * pipeline.vae_decoder.config.latent_channels
     bits = 8 if dtype == "int8" else 16
     return int(payload_bits(ratio, grid[0] * grid[1], values, bits, grid=grid))
-
-
-def choose(task: Task, steps: int, ratio: float, pipeline: Pipeline) -> Task:
-    """A task with a policy's choice, as near to it as its picture allows."""
-    return dataclasses.replace(task, steps=steps, ratio=min(ratio, largest_ratio(pipeline, task.size)))
 
 
 def blank(pipeline: Pipeline, request: Request) -> Task:

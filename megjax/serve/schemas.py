@@ -70,8 +70,12 @@ def readable(errors: Sequence[Any]) -> str:
     for error in errors[:16]:
         place = ".".join(_name(part) for part in error["loc"] if part != "body")
         message = error["msg"].removeprefix("Value error, ")
-        message = message[:1].lower() + message[1:]
-        lines.append(f"{place}: {message}" if place else message)
+        if error["type"] == "json_invalid":
+            place, message = "body", "not JSON"
+        elif error["type"] == "extra_forbidden":
+            message = "no such field"
+        # What the request's own rules say names its fields.
+        lines.append(message if error["type"] == "value_error" else f"{place or 'body'}: {message.lower()}")
     return "; ".join(dict.fromkeys(lines))
 
 

@@ -8,7 +8,9 @@ import signal
 import socket
 from types import FrameType
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from megjax.errors import MegError
 from megjax.pipeline import Pipeline
@@ -38,7 +40,7 @@ def run(pipeline: Pipeline, config: ServeConfig) -> bool:
     listener = listen(config)
     settings = uvicorn.Config(
         app,
-        http="h11",
+        http=_prompt(config.receive_s),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -54,10 +56,10 @@ def run(pipeline: Pipeline, config: ServeConfig) -> bool:
     at_once = server.handle_exit
     stopping: list[asyncio.Task[None]] = []
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop(sig: int, frame: FrameType | None) -> None:
         if stopping:
-            return at_once(number, frame)
-        log.info("%s: finishing what was accepted", signal.Signals(number).name)
+            return at_once(sig, frame)
+        log.info("%s: finishing what was accepted", signal.Signals(sig).name)
         loop = asyncio.get_event_loop()
         loop.call_soon_threadsafe(lambda: stopping.append(loop.create_task(drain())))
 
@@ -70,6 +72,38 @@ def run(pipeline: Pipeline, config: ServeConfig) -> bool:
     log.info("http://%s:%d", f"[{host}]" if ":" in host else host, port)
     server.run(sockets=[listener])
     return not failed
+
+
+def _prompt(receive_s: float) -> type[H11Protocol]:
+    """uvicorn's protocol, but a request's head must be there in time: uvicorn itself waits for ever."""
+
+    class Prompt(H11Protocol):
+        late: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._wait()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._wait()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop()
+            super().connection_lost(exc)
+
+        def _wait(self) -> None:
+            if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+                self._stop()
+            elif self.late is None:
+                self.late = self.loop.call_later(receive_s, self.transport.close)
+
+        def _stop(self) -> None:
+            if self.late is not None:
+                self.late.cancel()
+                self.late = None
+
+    return Prompt
 
 
 def listen(config: ServeConfig) -> socket.socket:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import logging
 import secrets
@@ -12,16 +13,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from megjax.errors import MegError
 from megjax.link import channel, profiles
 from megjax.link.cost import Compute, frame_cost
 from megjax.pipeline import Pipeline, Request
 from megjax.pipeline.workload import workload
-from megjax.rl.policy import Policy, act, load_policy
+from megjax.rl.policy import act, load_policy
 from megjax.serve import engine
 from megjax.serve.batching import Batcher, Job, Refused
+from megjax.serve.choice import choose, covering
 from megjax.serve.config import ServeConfig
 from megjax.serve.engine import Sent, Size, Task, Times
 from megjax.serve.metrics import Metrics
@@ -77,6 +77,7 @@ class Service:
             self._request(GenerateRequest(prompt="-", steps=config.max_steps, ratio=0.0), size)
         self.batcher = Batcher(self._batch, config.batch_sizes, config.queue, config.linger_s)
         self.ready = False
+        self._closed = False
         self._compute: dict[Size, Compute] = {}
         self._worker = ThreadPoolExecutor(1, "megjax-jax")
         self._reader = ThreadPoolExecutor(1, "megjax-text")
@@ -95,6 +96,7 @@ class Service:
 
     def close(self) -> None:
         """Let go of the threads; what runs in them is left to end."""
+        self._closed = True
         for pool in (self._worker, self._reader):
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -252,11 +254,10 @@ class Service:
     def _chosen(self, wanted: Wanted) -> Task:
         """Let the policy choose by the channel that the device reports."""
         assert wanted.limits is not None
-        policy = covering(self.policies, wanted.limits)
-        limits = wanted.limits if policy.info.conditioned else None
-        choice = act(policy, snr_db_of(wanted.rate_bps), limits=limits)
-        steps = min(max(choice.steps, self.fewest_steps), self.config.max_steps)
-        return engine.choose(wanted.task, steps, choice.ratio, self.pipeline)
+        steps, ratio = choose(self.policies, wanted.limits, wanted.rate_bps)
+        steps = min(max(steps, self.fewest_steps), self.config.max_steps)
+        ratio = min(ratio, engine.largest_ratio(self.pipeline, wanted.task.size))
+        return dataclasses.replace(wanted.task, steps=steps, ratio=ratio)
 
     def _result(self, wanted: Wanted, task: Task, sent: Sent, times: Times, batch: int) -> dict[str, Any]:
         cost = frame_cost(
@@ -292,6 +293,8 @@ class Service:
         for size in self.sizes:
             self._compute[size] = profiles.compute(self.profile, workload(self.pipeline, size), tome=False)
             for batch in self.batcher.seconds:
+                if self._closed:
+                    return
                 # No prompt is known to every vocabulary; the empty one is.
                 request = Request(
                     "", steps=min(WARM_STEPS, self.config.max_steps), height=size[0], width=size[1]
@@ -313,34 +316,6 @@ class Service:
                 )
         for policy in self.policies:
             act(policy, 0.0)
-
-
-def covering(policies: Sequence[Policy], limits: tuple[float, float]) -> Policy:
-    """The first policy that keeps these limits: latency (s) and energy (kJ).
-
-    Raises:
-        MegError: there is none; naming what is kept.
-    """
-    if not policies:
-        raise MegError("limits: no policy is loaded here; give steps and ratio")
-    kept = []
-    for policy in policies:
-        trained = np.asarray(policy.info.limits, float)
-        low, high = trained.min(axis=0), trained.max(axis=0)
-        if np.all(np.asarray(limits) >= 0.999 * low) and np.all(np.asarray(limits) <= 1.001 * high):
-            return policy
-        ends = [f"{pair[0]:g} s and {pair[1] * 1000:g} J" for pair in (low, high)]
-        kept.append(ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}")
-    raise MegError(f"limits: the policies here keep {'; '.join(kept)}")
-
-
-def snr_db_of(rate_bps: float) -> float:
-    """The signal-to-noise ratio that gives this rate over the paper's bandwidth, Eq. (4) solved for it.
-
-    Bounded to -30 and 30 dB: a policy has seen nothing beyond.
-    """
-    exponent = min(rate_bps / float(channel.DEFAULT_LINK.bandwidth_hz), 100.0)
-    return float(np.clip(10 * np.log10(np.expm1(exponent * np.log(2)) + 1e-30), -30.0, 30.0))
 
 
 def _parts(**parts: Any) -> dict[str, float]:

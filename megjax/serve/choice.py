@@ -1,0 +1,50 @@
+"""Steps and ratio by a policy, for requests that name limits alone (spec section 7)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from megjax.errors import MegError
+from megjax.link import channel
+from megjax.rl.policy import Choice, Policy, act
+
+MOST_SNR_DB = 30.0
+"""A policy has seen nothing beyond, nor below its negative: a better channel counts as this one."""
+
+
+def covering(policies: Sequence[Policy], limits: tuple[float, float]) -> Policy:
+    """The first policy that keeps these limits: latency (s) and energy (kJ).
+
+    Raises:
+        MegError: there is none; naming what is kept.
+    """
+    if not policies:
+        raise MegError("limits: no policy is loaded here; give steps and ratio")
+    kept = []
+    for policy in policies:
+        trained = np.asarray(policy.info.limits, float)
+        low, high = trained.min(axis=0), trained.max(axis=0)
+        if np.all(np.asarray(limits) >= 0.999 * low) and np.all(np.asarray(limits) <= 1.001 * high):
+            return policy
+        ends = [f"{pair[0]:g} s and {pair[1] * 1000:g} J" for pair in (low, high)]
+        kept.append(ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}")
+    raise MegError(f"limits: the policies here keep {'; '.join(kept)}")
+
+
+def choose(policies: Sequence[Policy], limits: tuple[float, float], rate_bps: float) -> Choice:
+    """A frame's steps and ratio by the device's report of its rate; the first frame of an episode.
+
+    Raises:
+        MegError: see `covering`.
+    """
+    policy = covering(policies, limits)
+    return act(policy, snr_db_of(rate_bps), limits=limits if policy.info.conditioned else None)
+
+
+def snr_db_of(rate_bps: float) -> float:
+    """The signal-to-noise ratio in dB that gives a rate over the paper's bandwidth, by Eq. (4)."""
+    nepers = min(rate_bps / float(channel.DEFAULT_LINK.bandwidth_hz), 100.0) * math.log(2)
+    return min(max(10 * math.log10(max(math.expm1(nepers), 1e-30)), -MOST_SNR_DB), MOST_SNR_DB)
