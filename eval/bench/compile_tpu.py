@@ -60,14 +60,14 @@ class Config:
 
 def main(config: Config) -> None:
     """Compile each side, or the one that is asked for, and print what the compiler says."""
-    if config.program == "gradient" and "flax-diffusers" in config.sides:
-        raise SystemExit(
-            "--program gradient: of --sides megjax alone; diffusers' class has no rematerialisation"
-        )
     if config.side is not None:
         program = {"megjax": megjax_unet, "flax-diffusers": flax_diffusers_unet}[config.side]
         print(json.dumps(compiled(config, *program(config))))
         return
+    if config.program == "gradient" and "flax-diffusers" in config.sides:
+        raise SystemExit(
+            "--program gradient: of --sides megjax alone; diffusers' class has no rematerialisation"
+        )
     report = {}
     for side in config.sides:
         report[side] = run(config, side)

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from megjax.errors import MegError
 from megjax.models import Options
-from megjax.pipeline.device import carried_shapes, export_device, load_device, token_grid
+from megjax.pipeline.device import carried_shapes, export_device, load_device, picture_mse, token_grid
+from megjax.pipeline.int8 import quantised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,8 @@ class ExportUe:
     """Likewise."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of weights and activations."""
+    weights: Literal["same", "int8"] = "same"
+    """Kernels in `dtype`, or in int8 with one scale per output channel (extra `int8`)."""
 
 
 def export_ue_command(args: tyro.conf.OmitArgPrefixes[ExportUe]) -> None:
@@ -51,11 +54,17 @@ def export_ue_command(args: tyro.conf.OmitArgPrefixes[ExportUe]) -> None:
         raise MegError("height and width: give both or neither")
     size = None if args.height is None or args.width is None else (args.height, args.width)
     device = load_device(args.model, Options(args.dtype, args.dtype), decoder=args.decoder, size=size)
+    error = None
+    if args.weights == "int8":
+        rounded = device._replace(params=quantised(device.params))
+        error, device = picture_mse(device, rounded), rounded
     artifact = export_device(device, args.platforms, args.layout)
     temporary = args.output.with_name(f".{args.output.name}.tmp")
     temporary.write_bytes(artifact)
     os.replace(temporary, args.output)
     console = Console()
+    if error is not None:
+        console.print(f"int8 weights change its pictures by an MSE of {error:.2e}", highlight=False)
     size_mb, where = len(artifact) / 1e6, ", ".join(args.platforms)
     console.print(f"{args.output}: {size_mb:.1f} MB for {where}; reads", highlight=False)
     for name, shape in carried_shapes(token_grid(device), 4 * device.decoder.config.latent_channels).items():

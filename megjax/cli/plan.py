@@ -50,6 +50,12 @@ class Plan:
     """Denoising steps counted for sampling; its executable serves any number."""
     largest: bool = False
     """Compile again with twice the pictures: the largest batch is then no estimate from one compilation."""
+    quick: bool = False
+    """Compile with the compiler's least effort: seconds for minutes, and figures on the safe side."""
+    moments: Literal["float32", "bfloat16", "factored"] = "float32"
+    """Of the optimiser, see the trainer."""
+    offload_ema: bool = False
+    """Keep the moving average in the hosts' memory."""
     json: Path | None = None
     """Where to save the figures."""
 

@@ -80,7 +80,8 @@ def _compiled(
     args: Plan, name: ProgramName, pipeline: Pipeline, chips: Topology, images: int
 ) -> tuple[Report, Account | None]:
     with _progress(f"{args.topology}: compiling {name}, {images} a device"):
-        return compile_report(name, _lowered(args, name, pipeline, chips.devices, images), chips)
+        lowered = _lowered(args, name, pipeline, chips.devices, images)
+        return compile_report(name, lowered, chips, quick=args.quick)
 
 
 def _lowered(args: Plan, name: ProgramName, pipeline: Pipeline, devices: list[Any], images: int) -> Lowered:
@@ -95,6 +96,8 @@ def _lowered(args: Plan, name: ProgramName, pipeline: Pipeline, devices: list[An
         dtype="bfloat16",
         remat=args.remat,
         lora_rank=args.lora_rank,
+        moments=args.moments,
+        offload_ema=args.offload_ema,
         solver_steps=args.solver_steps,
         replicas=args.replicas,
         fsdp=args.fsdp,

@@ -33,7 +33,17 @@ from megjax.training.loop import Evaluate, fit
 from megjax.training.lora import init_lora, lora_loss, merge_lora
 from megjax.training.placing import place, place_key
 from megjax.training.sharding import batch_sharding, make_mesh, param_shardings, replicated, state_shardings
-from megjax.training.step import Inputs, Loss, Metrics, Step, TrainState, adamw, init_state, make_step
+from megjax.training.step import (
+    Inputs,
+    Loss,
+    Metrics,
+    Moments,
+    Step,
+    TrainState,
+    adamw,
+    init_state,
+    make_step,
+)
 
 NAME = "student"
 GRID_STEPS = (4, 6, 8, 12)
@@ -61,6 +71,10 @@ class DiffuserConfig:
     clip: float = 1.0
     weight_decay: float = 0.01
     ema_decay: float = 0.9999
+    moments: Moments = "float32"
+    """AdamW's moments: `float32`, the first in `bfloat16`, or Adafactor's `factored` second."""
+    offload_ema: bool = False
+    """Keep the moving average in the hosts' memory."""
     kind: Parametrisation = "ddim_eps"
     windows: int = WINDOWS
     solver_steps: int = 10
@@ -139,6 +153,7 @@ def distillation(config: DiffuserConfig, pipeline: Pipeline) -> Program:
         clip=config.clip,
         weight_decay=config.weight_decay,
         decay=False,
+        moments=config.moments,
     )
 
     def init(key: Key[Array, ""], params: Params) -> Params:
@@ -152,7 +167,9 @@ def distillation(config: DiffuserConfig, pipeline: Pipeline) -> Program:
     shapes = jax.eval_shape(
         lambda key, p: init_state(init(key, p), optimizer), jax.random.key(0), teacher.shapes
     )
-    step = make_step(loss, optimizer, config.ema_decay, accumulate=config.accumulate)
+    step = make_step(
+        loss, optimizer, config.ema_decay, accumulate=config.accumulate, offload_ema=config.offload_ema
+    )
     return Program(step, init, optimizer, shapes, student)
 
 
@@ -221,7 +238,7 @@ def train_diffuser(config: DiffuserConfig) -> Path:
     program = distillation(config, pipeline)
     key_init, key_run = jax.random.split(jax.random.key(config.seed))
     teacher = place(pipeline.params["unet"], param_shardings(pipeline.unet.shapes, mesh))
-    shardings = state_shardings(program.state, mesh)
+    shardings = state_shardings(program.state, mesh, offload_ema=config.offload_ema)
     with jax.set_mesh(mesh):
         start = jax.jit(
             lambda key, params: init_state(program.init(key, params), program.optimizer),
@@ -249,7 +266,12 @@ def train_diffuser(config: DiffuserConfig) -> Path:
         work=_work(config, pipeline, frozen, rows),
         tensorboard=config.tensorboard,
     )
-    return _export(config, pipeline, program.student(state.ema, teacher), teacher)
+    return _export(config, pipeline, program.student(_on_device(state.ema, mesh), teacher), teacher)
+
+
+def _on_device(ema: Params, mesh: Mesh) -> Params:
+    """The moving average in the devices' memory, each with its part."""
+    return jax.device_put(ema, param_shardings(ema, mesh))
 
 
 def _solved(config: DiffuserConfig, pipeline: Pipeline, rows: Cache) -> Cache:
@@ -339,10 +361,11 @@ def _evaluation(
         return np.concatenate(np.asarray(decoded(pipeline.params["vae_decoder"], z)))
 
     def evaluate(state: TrainState) -> Report:
-        scalars = {name: float(np.asarray(v)) for name, v in errors(state.ema, key, everyone).items()}
+        ema = _on_device(state.ema, mesh)
+        scalars = {name: float(np.asarray(v)) for name, v in errors(ema, key, everyone).items()}
         columns = [reference()]
         for T in steps:
-            z = np.asarray(sample(state.ema, few, noise, jnp.int32(T)))
+            z = np.asarray(sample(ema, few, noise, jnp.int32(T)))
             scalars[f"mse_to_teacher_{T}"] = float(np.mean(np.square(z - columns[0])))
             columns.append(z)
         grid = np.concatenate([pictures(z) for z in columns], axis=1)

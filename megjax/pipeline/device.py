@@ -19,6 +19,7 @@ from megjax.link.wire import Message
 from megjax.merging.message import rebuild_plan
 from megjax.merging.plan import Matches
 from megjax.models import Network, Options, Params, UNetConfig, VAEConfig, from_dict, vae_decoder, vae_encoder
+from megjax.pipeline.int8 import dequantised
 from megjax.pipeline.load import DECODERS, EMBEDDED
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -32,7 +33,7 @@ class Device(NamedTuple):
 
     Args:
         decoder: the network.
-        params: its parameters.
+        params: its parameters, or `megjax.pipeline.int8.quantised` of them.
         size: height and width of its pictures; pixels.
     """
 
@@ -142,7 +143,7 @@ def receiver(device: Device, layout: Literal["patch", "strip"] = "patch") -> Cal
         plan = _plan(content, grid)
         tokens = merging.unmerge(content["features"], plan)
         z = merging.from_tokens(tokens[None], grid, layout)
-        return jnp.clip(device.decoder(device.params, z)[0], 0.0, 1.0)
+        return jnp.clip(device.decoder(dequantised(device.params), z)[0], 0.0, 1.0)
 
     return receive
 
@@ -175,3 +176,26 @@ def export_device(
     shapes = carried_shapes(token_grid(device), values)
     exported = export.export(jax.jit(receiver(device, layout)), platforms=tuple(platforms))(shapes)
     return bytes(exported.serialize())
+
+
+def picture_mse(device: Device, other: Device, pictures: int = 8) -> float:
+    """Mean squared difference between two devices' pictures of the same random latents.
+
+    Args:
+        device: one.
+        other: with the same network, or one of other parameters.
+        pictures: compared, one at a time.
+    """
+    config, (height, width) = device.decoder.config, device.size
+    scale = config.downsampling
+
+    @jax.jit
+    def error(key: Array) -> Array:
+        z = jax.random.normal(key, (1, height // scale, width // scale, config.latent_channels))
+        first, second = (
+            jnp.clip(d.decoder(dequantised(d.params), z), 0.0, 1.0).astype(jnp.float32)
+            for d in (device, other)
+        )
+        return jnp.mean(jnp.square(first - second))
+
+    return float(np.mean([error(key) for key in jax.random.split(jax.random.key(0), pictures)]))

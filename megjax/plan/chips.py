@@ -53,6 +53,9 @@ TPU_OPTIONS = {
 """Of libtpu's compiler. Without space-to-batch a picture's convolutions at small batches are not spread over
 a batch that they do not have, to and fro; half its scratch memory halves the compiler's search for tiles."""
 
+QUICK = {"exec_time_optimization_effort": -1.0}
+"""Besides: the compiler's least effort."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Topology:

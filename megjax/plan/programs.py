@@ -66,7 +66,7 @@ def lower_training(config: DiffuserConfig, pipeline: Pipeline, devices: Sequence
             f"is cut over, times {config.accumulate} parts to accumulate"
         )
     program = distillation(config, pipeline)
-    shardings = state_shardings(program.state, mesh)
+    shardings = state_shardings(program.state, mesh, offload_ema=config.offload_ema)
     state = _placed(program.state, shardings)
     frozen = {
         "teacher": _placed(pipeline.unet.shapes, param_shardings(pipeline.unet.shapes, mesh)),

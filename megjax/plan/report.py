@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from megjax.plan.account import Account, account
-from megjax.plan.chips import GIB, TPU_OPTIONS, Chip, Topology, parse, sizes_of
+from megjax.plan.chips import GIB, QUICK, TPU_OPTIONS, Chip, Topology, parse, sizes_of
 from megjax.plan.programs import Lowered
 
 
@@ -81,8 +81,16 @@ class Report:
         return "compute" if self.compute_s > self.memory_s else "memory"
 
 
-def compile_report(program: str, lowered: Lowered, topology: Topology) -> tuple[Report, Account | None]:
+def compile_report(
+    program: str, lowered: Lowered, topology: Topology, *, quick: bool = False
+) -> tuple[Report, Account | None]:
     """Compile for devices that are not there; minutes for SDXL.
+
+    Args:
+        program: its name.
+        lowered: from `megjax.plan.programs`.
+        topology: of the devices that it was lowered for.
+        quick: seconds instead; operations are fused less, so that bytes, temporaries and times are higher.
 
     Returns:
         The report, and the compiled program's account: None if it does not fit.
@@ -97,7 +105,8 @@ def compile_report(program: str, lowered: Lowered, topology: Topology) -> tuple[
         "hbm": chip.hbm_bytes,
     }
     try:
-        compiled = lowered.lowered.compile(compiler_options=dict(TPU_OPTIONS))
+        options: dict[str, Any] = {**TPU_OPTIONS, **(QUICK if quick else {})}
+        compiled = lowered.lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         used = _used_bytes(str(error), sum(lowered.parts.values()))
         if used is None:

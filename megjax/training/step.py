@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,10 @@ class Inputs(NamedTuple):
     data: PyTree
     frozen: PyTree
 
+
+Moments = Literal["float32", "bfloat16", "factored"]
+"""What AdamW keeps of each parameter: both moments in float32; the first in bfloat16; or Adafactor's second,
+factored into rows and columns, and no first."""
 
 Step = Callable[["TrainState", Key[Array, ""], Any], tuple["TrainState", Metrics]]
 
@@ -59,7 +63,12 @@ def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> Train
 
 
 def make_step(
-    loss: Loss, optimizer: optax.GradientTransformation, ema_decay: float, *, accumulate: int = 1
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    *,
+    accumulate: int = 1,
+    offload_ema: bool = False,
 ) -> Step:
     """The update `(state, key, batch) -> (state, metrics)`; `key` is the run's, folded with the step here.
 
@@ -73,11 +82,15 @@ def make_step(
         ema_decay: of the average, once it has run for long.
         accumulate: parts that a batch is cut into, one after the other; losses and gradients are averaged.
             The step needs the memory of one part.
+        offload_ema: the average comes from the hosts' memory and goes back there
+            (`megjax.training.sharding.state_shardings`).
     """
     value_and_grad = _in_parts(jax.value_and_grad(loss, has_aux=True), accumulate)
 
     def step(state: TrainState, key: Key[Array, ""], batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
+        if offload_ema:
+            state = state._replace(ema=jax.device_put(state.ema, jax.memory.Space.Device))
         (value, metrics), grads = value_and_grad(state.params, key, batch)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
@@ -88,6 +101,8 @@ def make_step(
         ema = jax.tree.map(lambda e, p: e + (1 - decay).astype(e.dtype) * (p - e), state.ema, params)
         new, old = (params, ema, opt_state), (state.params, state.ema, state.opt_state)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+        if offload_ema:
+            kept = (kept[0], jax.device_put(kept[1], jax.memory.Space.Host), kept[2])
         metrics = {"loss": value, "grad_norm": norm, **metrics}
         metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0.0), metrics)
         return TrainState(state.step + 1, *kept), {**metrics, "skipped": 1.0 - finite}
@@ -138,8 +153,12 @@ def adamw(
     clip: float = 1.0,
     weight_decay: float = 0.01,
     decay: bool = True,
+    moments: Moments = "float32",
 ) -> optax.GradientTransformation:
     """AdamW(0.9, 0.999) with clipping by the global norm and linear warm-up.
+
+    `factored` is Adafactor (arXiv:1804.04235) with the same learning rate and decay, not relative to the
+    parameters' size.
 
     Args:
         learning_rate: after the warm-up.
@@ -148,9 +167,20 @@ def adamw(
         clip: the gradients' largest global norm.
         weight_decay: of AdamW.
         decay: let the learning rate fall to zero by a cosine, else keep it.
+        moments: what is kept of each parameter.
     """
     if decay:
         schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, max(steps, warmup + 1))
     else:
         schedule = optax.linear_schedule(0.0, learning_rate, warmup)
-    return optax.chain(optax.clip_by_global_norm(clip), optax.adamw(schedule, weight_decay=weight_decay))
+    if moments == "factored":
+        # Its own decay is not scaled by the learning rate, AdamW's is.
+        rule = optax.chain(
+            optax.scale_by_factored_rms(decay_rate=0.8),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(weight_decay),
+            optax.scale_by_learning_rate(schedule),
+        )
+    else:
+        rule = optax.adamw(schedule, weight_decay=weight_decay, mu_dtype=moments)
+    return optax.chain(optax.clip_by_global_norm(clip), rule)

@@ -30,7 +30,9 @@ def presets(module, folder, backbone, **fields):
     return [dataclasses.replace(module.PRESETS[name][1], **given) for name in names]
 
 
-@pytest.mark.parametrize("fields", [{}, {"lora_rank": 2, "accumulate": 2}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"lora_rank": 2, "accumulate": 2}, {"offload_ema": True, "moments": "factored"}]
+)
 def test_a_student_is_distilled_resumed_and_used(tmp_path, backbone, fields):
     first, resumed = presets(distill_diffuser, tmp_path / "run", backbone, **fields)
     train_diffuser(first)

@@ -14,7 +14,8 @@ from megjax.errors import MegError
 from megjax.link import wire
 from megjax.merging.message import pack, unpack
 from megjax.models import Options
-from megjax.pipeline.device import Device, carried, load_device, receiver
+from megjax.pipeline.device import Device, carried, load_device, picture_mse, receiver
+from megjax.pipeline.int8 import Quantised, quantised
 from tests.small import save_random
 
 RATIOS = (0.0, 0.3, 0.9)
@@ -91,3 +92,34 @@ def test_the_decoder_that_is_asked_for(folder):
         load_device(folder, decoder="other")
     with pytest.raises(MegError, match="multiples of 8"):
         load_device(folder, size=(60, 64))
+
+
+def test_int8_weights_are_a_quarter_and_their_pictures_nearly_the_same(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("qwix")
+    device = load_device("tiny")
+    rounded = device._replace(params=quantised(device.params))
+    kernels = jax.tree.leaves(rounded.params, is_leaf=lambda leaf: isinstance(leaf, Quantised))
+    kernels = [leaf for leaf in kernels if isinstance(leaf, Quantised)]
+    assert len(kernels) > 20
+    flat = jax.tree.leaves_with_path(device.params)
+    originals = [leaf for path, leaf in flat if path[-1].key == "kernel"]
+    for kernel, original in zip(kernels, originals, strict=True):
+        assert kernel.value.dtype == jnp.int8
+        # To the nearest of 255 levels, in each output channel its own.
+        largest = np.abs(original).max(tuple(range(original.ndim - 1)))
+        error = np.abs(np.asarray(kernel.value * kernel.scale) - original)
+        assert np.all(error <= largest / 127 * 0.5 * (1 + 1e-4))
+    mse = picture_mse(device, rounded)
+    assert 0 < mse < 1e-4
+    monkeypatch.chdir(tmp_path)
+    for name in ("same", "int8"):
+        args = ["megjax", "export-ue", "-o", f"{name}.stablehlo", "--weights", name, "--platforms", "cpu"]
+        monkeypatch.setattr(sys, "argv", args)
+        main()
+    assert f"an MSE of {mse:.2e}" in capsys.readouterr().out
+    sizes = {name: (tmp_path / f"{name}.stablehlo").stat().st_size for name in ("same", "int8")}
+    assert sizes["int8"] < 0.35 * sizes["same"]
+    content = carried(wire.decode(message(0.3)))
+    program = jax.export.deserialize(bytearray((tmp_path / "int8.stablehlo").read_bytes()))
+    expected = receiver(rounded)(jax.tree.map(jnp.asarray, content))
+    np.testing.assert_allclose(program.call(content), expected, atol=2e-5)

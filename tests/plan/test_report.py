@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import jax
 import pytest
@@ -13,7 +14,8 @@ from megjax import flops
 from megjax.cli import main
 from megjax.cli.plan import Plan
 from megjax.errors import MegError
-from megjax.models import Options
+from megjax.models import Options, UNetConfig, unet
+from megjax.models.placement import is_stacked, partition
 from megjax.plan import programs, report
 from megjax.plan.chips import CHIPS, GIB, Topology, parse
 from megjax.plan.report import Report, advice, largest_images, smallest
@@ -184,8 +186,44 @@ def test_bad_numbers_are_one_line(monkeypatch, capsys, tmp_path):
         assert len(err.splitlines()) == 1
 
 
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+
+
 @pytest.mark.long
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@needs_libtpu
+@pytest.mark.timeout(3600)
+def test_sdxls_distillation_step_on_sixteen_small_chips(tmp_path):
+    """No device holds more than a block besides its part, and all that is gathered outside loops is known."""
+    path = tmp_path / "plan.json"
+    command = [sys.executable, "-c", "from megjax.cli import main; main()", "plan", "sdxl", "--quick"]
+    args = ["--topology", "v5e:4x4", "--program", "train", "--json", str(path)]
+    run = subprocess.run([*command, *args], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    figures = json.loads(path.read_text())["train"]
+    assert sum(figures["parts"].values()) * 16 == pytest.approx(46.2e9, rel=0.02)
+    assert figures["peak"] <= 9e9
+    assert figures["largest_gather_bytes"] <= 150e6
+    mesh = jax.sharding.AbstractMesh((1, 16, 1), ("data", "fsdp", "tensor"))
+    unscanned = Counter()
+    for key, leaf in jax.tree_util.tree_leaves_with_path(unet(UNetConfig()).shapes):
+        names = [entry.key for entry in key]
+        if "fsdp" in partition(names, leaf.shape, mesh) and not is_stacked(names):
+            assert names[-2] in UNSCANNED
+            unscanned[2 * leaf.size] += 1
+    # Each at most twice, in the forward pass and where its block is recomputed.
+    for size, number in Counter(size for size, _ in figures["gathered_outside_loops"]).items():
+        assert number <= 2 * unscanned[size], size
+
+
+UNSCANNED = {
+    *("conv1", "conv2", "conv_shortcut", "time_emb_proj"),  # resnets, all of different shapes
+    *("proj_in", "proj_out"),  # around the transformers' scans
+    *("conv", "linear_1", "linear_2"),  # samplers, and embeddings of times and sizes
+}
+
+
+@pytest.mark.long
+@needs_libtpu
 def test_a_plan_for_chips_that_are_not_there(tmp_path):
     path = tmp_path / "plan.json"
     command = [sys.executable, "-c", "from megjax.cli import main; main()", "plan", "tiny"]

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from megjax.errors import MegError
+from megjax.training.sharding import make_mesh, replicated, state_shardings
 from megjax.training.step import Inputs, adamw, init_state, make_step
 
 
@@ -94,3 +95,45 @@ def test_the_learning_rate_warms_up_and_stays_or_falls():
     np.testing.assert_allclose(falling[[0, 4]], [0.0, 0.1], rtol=1e-4)
     assert np.all(np.diff(falling[4:]) < 0)
     assert falling[39] < 1e-3
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "factored"])
+def test_moments_are_kept_as_asked_and_all_descend(moments):
+    optimizer = adamw(0.02, 200, warmup=1, moments=moments, weight_decay=0.0)
+    target = jax.random.normal(jax.random.key(1), (256, 192))
+
+    def loss(params, key, batch):
+        return jnp.mean(jnp.square(params["w"] - batch)), {}
+
+    state = init_state({"w": jnp.zeros((256, 192))}, optimizer)
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)) / state.params["w"].nbytes
+    assert kept == pytest.approx({"float32": 2.0, "bfloat16": 1.5, "factored": 0.01}[moments], abs=0.01)
+    step = jax.jit(make_step(loss, optimizer, 0.9))
+    _, first = step(state, jax.random.key(0), target)
+    for _ in range(100):
+        state, metrics = step(state, jax.random.key(0), target)
+    assert metrics["loss"] < 0.1 * first["loss"]
+
+
+def test_an_average_in_host_memory_is_the_same_average():
+    optimizer = adamw(0.1, 10, warmup=1)
+    states = {}
+    for offload in (False, True):
+        params, batch = problem(8)
+        state = init_state(params, optimizer)
+        mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+        shardings = state_shardings(state, mesh, offload_ema=offload)
+        step = jax.jit(
+            make_step(linear, optimizer, 0.9, offload_ema=offload),
+            out_shardings=(shardings, replicated(mesh)),
+            donate_argnums=0,
+        )
+        state = jax.device_put(state, shardings)
+        for _ in range(3):
+            state, _ = step(state, jax.random.key(0), batch)
+        states[offload] = state
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(states[True].ema)}
+    assert kinds == {"pinned_host"}
+    chex.assert_trees_all_equal(
+        jax.tree.map(np.asarray, states[True]), jax.tree.map(np.asarray, states[False])
+    )
