@@ -10,7 +10,7 @@ import json
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, NamedTuple
 
 import httpx
@@ -24,6 +24,12 @@ MEDIA_TYPE = "application/vnd.megjax.message"
 RESULT_HEADER = "MegJAX-Result"
 ERROR_BYTES = 65536
 """More of an error's body is not read."""
+PARTS = {
+    "timings": ("queue_s", "text_s", "denoise_s", "merge_s", "total_s"),
+    "latency_s": ("es", "tx", "ue", "total"),
+    "energy_j": ("es", "tx", "ue", "total"),
+}
+"""What a device reads of the server's account: as measured, and as the model charges it."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 BUSY = (429, 502, 503)
 """Statuses that pass: a full queue, a server that starts or drains, a proxy before one."""
@@ -109,7 +115,7 @@ def connect(
         raise MegError(f"server {server!r}: {error}") from None
     if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query or url.fragment:
         raise MegError(f"server {server!r}: give http://HOST:PORT or https://HOST, without a user's name")
-    headers = {"Accept": MEDIA_TYPE, "Accept-Encoding": "identity"}
+    headers = {"Accept": MEDIA_TYPE, "Accept-Encoding": "identity", "Content-Type": "application/json"}
     if token is not None:
         if not token or not all("!" <= c <= "~" for c in token):
             raise MegError("token: visible ASCII characters are allowed, no blanks, at least one")
@@ -180,7 +186,7 @@ async def fetch(
 async def _once(
     http: httpx.AsyncClient,
     request: PictureRequest,
-    body: dict[str, Any],
+    body: bytes,
     most_bytes: int,
     channel: Channel | None,
     throughput: Throughput,
@@ -191,7 +197,7 @@ async def _once(
 ) -> Answer:
     asked = clock()
     try:
-        async with http.stream("POST", "v1/generate", json=body) as response:
+        async with http.stream("POST", "v1/generate", content=body) as response:
             if response.status_code != 200:
                 await _refuse(response)
             answered = clock()
@@ -211,7 +217,7 @@ async def _once(
     return Answer(message, result, known, tries, retry_s, answered - asked, done - answered)
 
 
-def _body(request: PictureRequest, channel: Channel | None, throughput: Throughput) -> dict[str, Any]:
+def _body(request: PictureRequest, channel: Channel | None, throughput: Throughput) -> bytes:
     """The request as JSON, the device's report of its channel with it."""
     body = {name: value for name, value in dataclasses.asdict(request).items() if value is not None}
     if request.limits is not None:
@@ -222,10 +228,9 @@ def _body(request: PictureRequest, channel: Channel | None, throughput: Throughp
     elif throughput.rate_bps is not None:
         body["channel"] = {"rate_bps": throughput.rate_bps, "psnr_db": None}
     try:
-        json.dumps(body, allow_nan=False)
+        return json.dumps(body, allow_nan=False, ensure_ascii=False).encode()
     except ValueError:
-        raise MegError("request: its numbers must be finite, its text must be text") from None
-    return body
+        raise MegError("request: its numbers must be finite, its text without lone surrogates") from None
 
 
 async def _collect(pieces: AsyncIterator[bytes], most_bytes: int, clock: Clock) -> tuple[bytes, int, float]:
@@ -265,7 +270,7 @@ async def _refuse(response: httpx.Response) -> None:
     raise MegError(f"the server answers {status}: {said}")
 
 
-def _retry_after_s(headers: httpx.Headers) -> float | None:
+def _retry_after_s(headers: Mapping[str, str]) -> float | None:
     """Seconds to wait: a number or a date (RFC 9110, section 10.2.3); None if it is neither."""
     text = headers.get("Retry-After", "").strip()
     try:
@@ -276,7 +281,7 @@ def _retry_after_s(headers: httpx.Headers) -> float | None:
         return None
 
 
-def read_result(headers: httpx.Headers) -> dict[str, Any]:
+def read_result(headers: Mapping[str, str]) -> dict[str, Any]:
     """Read the server's account of a message.
 
     Raises:
@@ -294,10 +299,10 @@ def read_result(headers: httpx.Headers) -> dict[str, Any]:
     for name in ("steps", "ratio", "seed", "tokens", "payload_bits", "batch"):
         if not _number(result.get(name)):
             raise MegError(f"{RESULT_HEADER}: {name} is no finite number")
-    for name in ("timings", "latency_s", "energy_j"):
-        part = result.get(name)
-        if not isinstance(part, dict) or not all(_number(value) for value in part.values()):
-            raise MegError(f"{RESULT_HEADER}: {name} is no table of finite numbers")
+    for name, parts in PARTS.items():
+        table = result.get(name)
+        if not isinstance(table, dict) or not all(_number(table.get(part)) for part in parts):
+            raise MegError(f"{RESULT_HEADER}: {name} has no finite number for each of {', '.join(parts)}")
     return result
 
 
