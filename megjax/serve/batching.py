@@ -70,10 +70,16 @@ class Batcher:
         if len(self.waiting) >= self._most:
             raise Refused(429, f"{self._most} requests wait already; ask again later", self.retry_after_s())
         job = Job(kind, work, asyncio.get_running_loop().create_future())
-        job.answer.add_done_callback(lambda _: self._leave(job))
         self.waiting.append(job)
         self._changed.set()
         return job
+
+    def leave(self, job: Job) -> None:
+        """Wait for a job's answer no longer."""
+        job.answer.cancel()
+        if job in self.waiting:
+            self.waiting.remove(job)
+        self._changed.set()
 
     def retry_after_s(self) -> int:
         """Seconds until the queue has likely moved on; at least 1."""
@@ -97,7 +103,8 @@ class Batcher:
         try:
             await asyncio.wait_for(self._until(lambda: not self.waiting and not self.running), timeout_s)
         except TimeoutError:
-            for job in list(self.waiting):
+            refused, self.waiting = self.waiting, deque()
+            for job in refused:
                 settle(job.answer, Refused(503, "the server is shutting down; ask again", 1))
             await self._until(lambda: not self.running)
 
@@ -105,11 +112,6 @@ class Batcher:
         while not condition():
             self._changed.clear()
             await self._changed.wait()
-
-    def _leave(self, job: Job) -> None:
-        if job in self.waiting:
-            self.waiting.remove(job)
-        self._changed.set()
 
     def _take(self) -> tuple[list[Job], int]:
         """The next jobs of the first one's kind, and the batch size that serves most of them a second."""

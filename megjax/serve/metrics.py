@@ -32,7 +32,7 @@ class Metrics:
         self.cancelled = counter("cancelled", "Requests nobody waited for to the end", "reason")
         self.payload_bits = counter("payload_bits", "Bits of all messages' bodies")
         self.chosen = counter("chosen", "Pictures, by who chose steps and ratio", "by")
-        self.rows = histogram("batch_requests", "Requests a batch", (1, 2, 4, 8, 16, 32, 64))
+        self.rows = histogram("batch_requests", "Requests a batch", (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0))
         self.parts = histogram("part_seconds", "Time of a picture's part", SECONDS, "part")
         self.ready = Gauge("megjax_ready", "1 while requests are taken", registry=self.registry)
         self.waiting = Gauge("megjax_queue_requests", "Requests that wait", registry=self.registry)

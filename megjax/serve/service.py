@@ -14,16 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from megjax.errors import MegError
-from megjax.link import channel, profiles
-from megjax.link.cost import Compute, frame_cost
+from megjax.link import profiles
+from megjax.link.cost import Compute
 from megjax.pipeline import Pipeline, Request
 from megjax.pipeline.workload import workload
 from megjax.rl.policy import act, load_policy
 from megjax.serve import engine
+from megjax.serve.account import account
 from megjax.serve.batching import Batcher, Job, Refused
 from megjax.serve.choice import choose, covering
 from megjax.serve.config import ServeConfig
-from megjax.serve.engine import Sent, Size, Task, Times
+from megjax.serve.engine import Sent, Size, Task
 from megjax.serve.metrics import Metrics
 from megjax.serve.picture import Shown, show
 from megjax.serve.schemas import GenerateRequest
@@ -73,8 +74,13 @@ class Service:
         self.fewest_steps = engine.fewest_steps(pipeline)
         if config.max_steps < self.fewest_steps:
             raise MegError(f"max_steps {config.max_steps}: this model takes at least {self.fewest_steps}")
+        for path, policy in zip(config.policies, self.policies, strict=True):
+            low, high = policy.info.min_steps, policy.info.max_steps
+            if low < self.fewest_steps or high > config.max_steps:
+                bounds = f"{self.fewest_steps} to {config.max_steps}"
+                raise MegError(f"{path}: chooses {low} to {high} steps, this server takes {bounds}")
         for size in self.sizes:
-            self._request(GenerateRequest(prompt="-", steps=config.max_steps, ratio=0.0), size)
+            engine.check(Request("-", steps=config.max_steps, height=size[0], width=size[1]), pipeline)
         self.batcher = Batcher(self._batch, config.batch_sizes, config.queue, config.linger_s)
         self.ready = False
         self._closed = False
@@ -133,7 +139,7 @@ class Service:
         finally:
             leaving.cancel()
             late = not job.answer.done()
-            job.answer.cancel()
+            self.batcher.leave(job)
         if late and leaving.done() and not leaving.cancelled():
             self.metrics.cancelled.labels("client left").inc()
             raise Refused(499, "the client left")
@@ -235,7 +241,16 @@ class Service:
             if isinstance(message, MegError):
                 answers[i] = message
                 continue
-            answers[i] = Done(message, self._result(wanted[i], task, message, times, size), None)
+            result = account(
+                task,
+                message,
+                times,
+                batch=size,
+                chosen_by="request" if wanted[i].limits is None else "policy",
+                compute=self._compute[task.size],
+                rate_bps=wanted[i].rate_bps,
+            )
+            answers[i] = Done(message, result, None)
         if wanted[0].picture:
             self._show(wanted, tasks, answers, size)
         return answers
@@ -255,38 +270,8 @@ class Service:
         """Let the policy choose by the channel that the device reports."""
         assert wanted.limits is not None
         steps, ratio = choose(self.policies, wanted.limits, wanted.rate_bps)
-        steps = min(max(steps, self.fewest_steps), self.config.max_steps)
         ratio = min(ratio, engine.largest_ratio(self.pipeline, wanted.task.size))
         return dataclasses.replace(wanted.task, steps=steps, ratio=ratio)
-
-    def _result(self, wanted: Wanted, task: Task, sent: Sent, times: Times, batch: int) -> dict[str, Any]:
-        cost = frame_cost(
-            self._compute[task.size],
-            task.steps or 0,
-            sent.payload_bits,
-            wanted.rate_bps,
-            float(channel.from_db(channel.DEFAULT_LINK.tx_power_dbm - 30.0)),
-        )
-        return {
-            "steps": task.steps,
-            "ratio": task.ratio,
-            "chosen_by": "request" if wanted.limits is None else "policy",
-            "batch": batch,
-            "seed": task.seed,
-            "tokens": sent.tokens,
-            "payload_bits": sent.payload_bits,
-            "timings": {name: round(seconds, 6) for name, seconds in times._asdict().items()},
-            "latency_s": _parts(
-                es=cost.latency_es_s, tx=cost.latency_tx_s, ue=cost.latency_ue_s, total=cost.latency_s
-            ),
-            "energy_j": _parts(
-                es=cost.energy_es_j,
-                tx=cost.energy_tx_j,
-                ue=cost.energy_ue_j,
-                fixed=cost.energy_fixed_j,
-                total=cost.energy_j,
-            ),
-        }
 
     def _warm(self) -> None:
         """Compile and time every batch size; in the worker thread."""
@@ -316,7 +301,3 @@ class Service:
                 )
         for policy in self.policies:
             act(policy, 0.0)
-
-
-def _parts(**parts: Any) -> dict[str, float]:
-    return {name: float(f"{float(value):.6g}") for name, value in parts.items()}

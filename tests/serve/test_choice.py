@@ -84,6 +84,12 @@ def test_the_policy_chooses_by_the_channel_reported(asked):
     assert info["policies"] == [{"conditioned": False, "limits": kept, "steps": [4, 12]}]
 
 
+def test_a_policy_that_chooses_more_steps_than_are_served_is_not_loaded(run, tmp_path):
+    save_policy(tmp_path / "policy.safetensors", policy())
+    with pytest.raises(MegError, match="chooses 4 to 12 steps, this server takes 4 to 8"):
+        run(None, policies=(tmp_path / "policy.safetensors",), max_steps=8)
+
+
 def test_a_choice_beyond_what_can_be_merged_is_the_most(asked):
     answer, _ = asked([policy(ratio=1.0)])
     assert json.loads(answer.headers["megjax-result"])["ratio"] == 0.9375

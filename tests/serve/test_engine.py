@@ -1,7 +1,5 @@
 """Batches against one another, and against the split in one process."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,11 +100,15 @@ def test_filling_rows_add_no_steps(pipeline):
     np.testing.assert_array_equal(engine._column([many, few], 4, "seed"), [7, 7, 7, 7])
 
 
-def test_what_cannot_be_sent_is_refused_alone(pipeline):
-    broken = {**pipeline.params, "student": jax.tree.map(lambda x: x * jnp.nan, pipeline.params["student"])}
-    sent, _ = engine.messages(dataclasses.replace(pipeline, params=broken), [task(pipeline)], 1)
-    assert isinstance(sent[0], MegError)
-    assert "not finite" in str(sent[0])
+def test_what_cannot_be_sent_is_refused_alone(pipeline, monkeypatch):
+    def denoised(*_, **__):
+        return jnp.stack([jnp.ones((16, 16, 4)), jnp.full((16, 16, 4), jnp.nan)])
+
+    monkeypatch.setattr(engine, "denoise_rows", denoised)
+    (good, broken), _ = engine.messages(pipeline, [task(pipeline), task(pipeline)], 2)
+    assert good.tokens == 39
+    assert isinstance(broken, MegError)
+    assert "not finite" in str(broken)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,6 @@ def test_what_cannot_be_sent_is_refused_alone(pipeline):
     [
         ({"ratio": 0.95}, "0.9375"),
         ({"steps": 3}, "steps 3: from 4"),
-        ({"prompt": "a 円"}, "vocabulary"),
         ({"prompt": "  "}, "empty"),
         ({"prompt": "a " * 100}, "shorten"),
         ({"height": 65, "width": 64}, "multiples"),

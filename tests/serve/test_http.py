@@ -19,6 +19,10 @@ TOKEN = "correct-horse"
 ROUTES = ("/", "/v1/info", "/readyz", "/metrics", "/openapi.json", "/nothing", "/style.css", "/healthz/")
 
 
+def basic(credentials):
+    return "Basic " + base64.b64encode(credentials.encode()).decode()
+
+
 def test_a_message_equals_the_one_made_in_this_process(run, pipeline):
     async def test(server):
         return [await server.post(seed=seed, steps=5, ratio=ratio) for seed, ratio in ((3, 0.4), (4, 0.8))]
@@ -83,8 +87,8 @@ def test_info_tells_the_bounds(run):
         ({"prompt": ""}, "prompt: string should have at least 1 character"),
         ({"prompt": "a" * 1001}, "prompt: string should have at most 1000"),
         ({"prompt": 3}, "prompt: input should be a valid string"),
-        ({"prompt": "a qqqq"}, "vocabulary"),
-        ({"negative_prompt": "qqqq"}, "vocabulary"),
+        ({"prompt": "a " * 100}, "shorten it to 30"),
+        ({"negative_prompt": "a " * 100}, "shorten it to 30"),
         ({"seed": -1}, "seed: input should be greater"),
         ({"seed": 2**32}, "seed: input should be less"),
         ({"seed": "1"}, "seed: input should be a valid integer"),
@@ -123,7 +127,7 @@ def test_malformed_requests_get_one_readable_line(run, changes, words):
     [
         (b"{", {}, 422),
         (b"", {}, 422),
-        (b"\xff\xfe", {}, 400),
+        (b"\xff\xff", {}, 400),
         (b"[" * 16000, {}, 400),
         (b'{"seed": ' + b"1" * 8000 + b"}", {}, 400),
         (b'{"prompt": "\\ud800", "steps": 4, "ratio": 0}', {}, 422),
@@ -187,8 +191,8 @@ def test_a_body_must_be_there_in_time(run):
         {"Authorization": TOKEN},
         {"Authorization": f"Digest {TOKEN}"},
         {"Authorization": "Basic !!!"},
-        {"Authorization": "Basic " + base64.b64encode(TOKEN.encode()).decode()},
-        {"Authorization": "Basic " + base64.b64encode(f"{TOKEN}:".encode()).decode()},
+        {"Authorization": basic(TOKEN)},
+        {"Authorization": basic(f"{TOKEN}:")},
         {"Authorization": b"Bearer \xff\xfe"},
     ],
 )
@@ -216,7 +220,7 @@ def test_without_the_token_there_is_nothing_but_401_and_healthz(run, headers):
 
 @pytest.mark.parametrize(
     "given",
-    [f"Bearer {TOKEN}", f"bearer {TOKEN}", "Basic " + base64.b64encode(f"me:{TOKEN}".encode()).decode()],
+    [f"Bearer {TOKEN}", f"bearer {TOKEN}", basic(f"me:{TOKEN}")],
 )
 def test_the_token_opens_the_rest(run, given):
     async def test(server):
@@ -275,7 +279,7 @@ def test_metrics_count_answers_and_hold_nothing_that_a_client_wrote(run):
 def test_prompts_are_logged_only_if_asked(run, caplog, log_prompts):
     async def test(server):
         await server.post(prompt="a yellow star\n")
-        await server.post(prompt="a yellow star qqqq")
+        await server.post(prompt="a yellow star" + " a" * 100)
         gate = Gate(server.service)
         gate.open.set()
         gate._generate = None  # fails with a stack trace
