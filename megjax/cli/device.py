@@ -170,11 +170,10 @@ def _request(client: ModuleType, args: Device) -> PictureRequest:
 
 def _table(args: Device, answer: Answer, decode_s: float, channel: Channel | None) -> Table:
     result, timings, modelled = answer.result, answer.result["timings"], answer.result["latency_s"]
-    by = ", the policy's choice" if result["chosen_by"] == "policy" else ""
+    by = ", the policy's choice" if result.get("chosen_by") == "policy" else ""
     title = f"{args.output}: {result['steps']:g} steps, ratio {result['ratio']:.3g}{by}"
     table = Table("", "measured", "modelled", title=escape(title))
     served_s = timings["total_s"]
-    rate_bps = answer.throughput.rate_bps
 
     def row(part: str, seconds: float, key: str | None = None) -> None:
         table.add_row(part, engineering(seconds, "s"), engineering(modelled[key], "s") if key else "")
@@ -194,8 +193,8 @@ def _table(args: Device, answer: Answer, decode_s: float, channel: Channel | Non
     row("device", decode_s, "ue")
     row("total", answer.retry_s + answer.wait_s + answer.transfer_s + decode_s, "total")
     table.add_section()
-    table.add_row("payload", f"{result['payload_bits'] // 8} bytes", f"{result['tokens']} tokens")
-    measured = "not measurable" if rate_bps is None else f"{rate_bps / 1e6:.3g} Mbit/s"
-    table.add_row("rate", measured, f"{channel.rate_bps / 1e6:.3g} Mbit/s" if channel else "")
+    table.add_row("payload", f"{result['payload_bits'] / 8:.0f} bytes, {result['tokens']:.0f} tokens")
+    rate_bps = answer.throughput.rate_bps if channel is None else channel.rate_bps
+    table.add_row("rate", "not measurable" if rate_bps is None else f"{rate_bps / 1e6:.3g} Mbit/s")
     table.caption = "modelled: the server's hardware profile at the rate that it was told, Eqs. (1)-(7)"
     return table

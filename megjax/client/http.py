@@ -22,6 +22,7 @@ from megjax.link.wire import HEADER_BYTES, decode
 
 MEDIA_TYPE = "application/vnd.megjax.message"
 RESULT_HEADER = "MegJAX-Result"
+JSON = {"Content-Type": "application/json"}
 ERROR_BYTES = 65536
 """More of an error's body is not read."""
 PARTS = {
@@ -115,7 +116,7 @@ def connect(
         raise MegError(f"server {server!r}: {error}") from None
     if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query or url.fragment:
         raise MegError(f"server {server!r}: give http://HOST:PORT or https://HOST, without a user's name")
-    headers = {"Accept": MEDIA_TYPE, "Accept-Encoding": "identity", "Content-Type": "application/json"}
+    headers = {"Accept": MEDIA_TYPE, "Accept-Encoding": "identity"}
     if token is not None:
         if not token or not all("!" <= c <= "~" for c in token):
             raise MegError("token: visible ASCII characters are allowed, no blanks, at least one")
@@ -197,7 +198,7 @@ async def _once(
 ) -> Answer:
     asked = clock()
     try:
-        async with http.stream("POST", "v1/generate", content=body) as response:
+        async with http.stream("POST", "v1/generate", content=body, headers=JSON) as response:
             if response.status_code != 200:
                 await _refuse(response)
             answered = clock()
