@@ -120,8 +120,8 @@ async function generate() {
   busy(true);
   fail("");
   try {
-    const answer = await ask(request(), controller.signal);
-    draw(answer);
+    const body = request();
+    draw(await ask(body, controller.signal), body);
   } catch (error) {
     $("status").textContent = "";
     if (error.name === "AbortError") $("status").textContent = "Cancelled.";
@@ -192,8 +192,7 @@ function element(name, properties, ...children) {
   return made;
 }
 
-function draw({ result, image, reference, mse, psnr_db: psnrDb }) {
-  const prompt = $("prompt").value.trim();
+function draw({ result, image, reference, mse, psnr_db: psnrDb }, { prompt, channel }) {
   const pictures = [["image", image, `On the device: ${prompt}`], ["reference", reference, `Clean reference: ${prompt}`]];
   for (const [id, data, text] of pictures) {
     $(id).src = `data:image/png;base64,${data}`;
@@ -211,12 +210,10 @@ function draw({ result, image, reference, mse, psnr_db: psnrDb }) {
     number("n-payload", `${count(bytes)} B`, `${percent(bytes / raw)} of raw 16-bit RGB`);
   }, () => {});
   number("n-psnr", psnrDb === null ? "equal" : `${psnrDb.toFixed(1)} dB`, `MSE ${Number(mse.toPrecision(3))}`);
-  drawModel(result);
+  drawModel(result, channel.rate_bps);
   drawServer(result.timings);
   $("account").hidden = false;
-  $("status").textContent =
-    `Done: ${result.steps} steps, ${percent(result.ratio)} merged, ${count(bytes)} bytes, ` +
-    `${engineering(result.latency_s.total, "s")} by the model.`;
+  $("status").textContent = `Done: ${result.steps} steps, ${percent(result.ratio)} merged, ${count(bytes)} bytes.`;
   // On a narrow screen the pictures are below what was just pressed; the keyboard's focus stays.
   if ($("pictures").getBoundingClientRect().top > 0.7 * innerHeight) $("pictures").scrollIntoView({ block: "start" });
 }
@@ -225,11 +222,10 @@ function number(id, value, note) {
   $(id).replaceChildren(value, element("small", {}, note));
 }
 
-function drawModel({ latency_s: latency, energy_j: energy }) {
-  const rate = mega(rateBps(Number($("distance").value)));
+function drawModel({ latency_s: latency, energy_j: energy }, rate) {
   const parts = [
     ["es", "Edge server", latency.es, energy.es],
-    ["tx", `Channel at ${rate}`, latency.tx, energy.tx],
+    ["tx", `Channel at ${mega(rate)}`, latency.tx, energy.tx],
     ["ue", "Device", latency.ue, energy.ue],
   ];
   bar("model", parts.map(([kind, name, seconds]) => [kind, name, seconds]));
