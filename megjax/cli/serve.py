@@ -62,7 +62,7 @@ def serve_command(args: tyro.conf.OmitArgPrefixes[Serve]) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "megjax":
             raise
-        raise MegError(f"serve needs {error.name}: pip install 'megjax[serve]'") from None
+        raise MegError(f"megjax serve needs {error.name}: pip install 'megjax[serve]'") from None
     config = ServeConfig(
         host=args.host,
         port=args.port,

@@ -55,7 +55,7 @@ class Batcher:
         self.running = 0
         self.draining = False
         self.seconds: dict[int, float] = {size: float(size) for size in sorted(batch_sizes)}
-        """What a batch of each size takes, measured; before that as if rows ran one after the other."""
+        """What a batch of each size takes at most, measured; before that as if rows ran one by one."""
         self._work, self._most, self._linger_s = work, most, linger_s
         self._changed = asyncio.Event()
 

@@ -1,6 +1,7 @@
 """A server as a process: sockets, signals, the command's errors."""
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -97,6 +98,24 @@ def test_sigterm_loses_nothing_and_slow_heads_are_cut_off(folder):
     assert TOKEN not in log
 
 
+@pytest.fixture
+def command(folder, pipeline, monkeypatch, capsys):
+    """Arguments of a server that does not start -> what it says, and its exit code."""
+    from megjax.cli import main
+
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    monkeypatch.delenv("MEGJAX_TOKEN", raising=False)
+    monkeypatch.setattr(importlib.import_module("megjax.cli.serve"), "load_pipeline", lambda *_: pipeline)
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["megjax", "serve", *args])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return capsys.readouterr().err, stop.value.code
+
+    return call
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -107,30 +126,25 @@ def test_sigterm_loses_nothing_and_slow_heads_are_cut_off(folder):
         (["--max-steps", "2000"], "steps 2000"),
     ],
 )
-def test_what_cannot_be_served_is_one_line(folder, monkeypatch, capsys, args, words):
-    from megjax.cli import main
-
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-    monkeypatch.delenv("MEGJAX_TOKEN", raising=False)
-    monkeypatch.setattr(sys, "argv", ["megjax", "serve", "--model", str(folder), "--port", "0", *args])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 2
-    printed = capsys.readouterr().err
+def test_what_cannot_be_served_is_one_line(command, args, words):
+    printed, code = command("--port", "0", *args)
+    assert code == 2
     assert words in printed
     assert printed.count("\n") == 1
 
 
-def test_an_address_that_is_taken_is_one_line(folder, monkeypatch, capsys):
-    from megjax.cli import main
+def test_a_missing_extra_is_one_line(command, monkeypatch):
+    monkeypatch.delitem(sys.modules, "megjax.serve.server", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    expected = "megjax: megjax serve needs uvicorn: pip install 'megjax[serve]'\n"
+    assert command() == (expected, 2)
 
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+
+def test_an_address_that_is_taken_is_one_line(command):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        monkeypatch.setattr(sys, "argv", ["megjax", "serve", "--model", str(folder), "--port", port])
-        with pytest.raises(SystemExit) as stop:
-            main()
-    assert stop.value.code == 2
-    assert f"cannot listen on 127.0.0.1 port {port}" in capsys.readouterr().err
+        printed, code = command("--port", port)
+    assert code == 2
+    assert f"cannot listen on 127.0.0.1 port {port}" in printed
