@@ -18,7 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from megjax import __version__
-from megjax.serve.batching import Refused
+from megjax.serve.batching import RESTART_S, Refused
 from megjax.serve.engine import largest_ratio
 from megjax.serve.guard import App, guarded
 from megjax.serve.schemas import GenerateRequest, readable
@@ -170,7 +170,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def readyz() -> dict[str, str]:
         """Whether requests are taken."""
         if service.batcher.draining:
-            raise Refused(503, "the server is shutting down", 1)
+            raise Refused(503, "the server is shutting down", RESTART_S)
         if not service.ready:
             raise Refused(503, "the server is starting", 2)
         return {"status": "ready"}

@@ -36,6 +36,9 @@ class Job:
     arrived_s: float = field(default_factory=time.monotonic)
 
 
+RESTART_S = 5
+"""What who meets a server that ends is told to wait."""
+
 Work = Callable[[Sequence[Job], int], Awaitable[Sequence[Any]]]
 """(jobs, batch size) -> each job's answer, or the exception that it is refused with."""
 
@@ -66,7 +69,7 @@ class Batcher:
             Refused: 503 while draining, 429 when the queue is full.
         """
         if self.draining:
-            raise Refused(503, "the server is shutting down; ask again", 1)
+            raise Refused(503, "the server is shutting down; ask again", RESTART_S)
         if len(self.waiting) >= self._most:
             raise Refused(429, f"{self._most} requests wait already; ask again later", self.retry_after_s())
         job = Job(kind, work, asyncio.get_running_loop().create_future())
@@ -105,7 +108,7 @@ class Batcher:
         except TimeoutError:
             refused, self.waiting = self.waiting, deque()
             for job in refused:
-                settle(job.answer, Refused(503, "the server is shutting down; ask again", 1))
+                settle(job.answer, Refused(503, "the server is shutting down; ask again", RESTART_S))
             await self._until(lambda: not self.running)
 
     async def _until(self, condition: Callable[[], bool]) -> None:

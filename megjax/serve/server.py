@@ -18,6 +18,8 @@ from megjax.serve.app import create_app
 from megjax.serve.config import ServeConfig
 from megjax.serve.service import Service
 
+LAST_WORDS_S = 1.0
+
 log = logging.getLogger("megjax.serve")
 
 
@@ -65,6 +67,8 @@ def run(pipeline: Pipeline, config: ServeConfig) -> bool:
 
     async def drain() -> None:
         await service.batcher.drain(config.drain_s)
+        # Who was answered last may ask again at once, and is to get its 503 rather than a reset connection.
+        await asyncio.sleep(LAST_WORDS_S)
         server.should_exit = True
 
     server.handle_exit = stop

@@ -21,7 +21,7 @@ from megjax.pipeline.workload import workload
 from megjax.rl.policy import act, load_policy
 from megjax.serve import engine
 from megjax.serve.account import account
-from megjax.serve.batching import Batcher, Job, Refused
+from megjax.serve.batching import RESTART_S, Batcher, Job, Refused
 from megjax.serve.choice import choose, covering
 from megjax.serve.config import ServeConfig
 from megjax.serve.engine import Sent, Size, Task
@@ -122,7 +122,7 @@ class Service:
         if body.deadline_s is not None and body.deadline_s > config.deadline_s:
             raise Refused(422, f"deadline_s: at most {config.deadline_s:g} s are allowed")
         if self.batcher.draining:
-            raise Refused(503, "the server is shutting down; ask again", 1)
+            raise Refused(503, "the server is shutting down; ask again", RESTART_S)
         if not self.ready:
             raise Refused(503, "the server is starting; ask again", 2)
         wanted = await self._wanted(body, picture)

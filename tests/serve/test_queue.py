@@ -212,7 +212,7 @@ def test_draining_finishes_what_was_accepted_and_refuses_the_rest(run, gate):
 
     refused, ready, alive, answers = run(test)
     assert refused.status_code == ready.status_code == 503
-    assert refused.headers["retry-after"] == "1"
+    assert refused.headers["retry-after"] == "5"
     assert refused.headers["connection"] == "close"
     assert alive.status_code == 200
     assert [answer.status_code for answer in answers] == [200] * 3
