@@ -77,13 +77,13 @@ def draw(numbers: dict[str, Any], outcomes: Sequence[Outcome], samples: Sequence
         left.plot(
             latency_s, 100 * np.arange(1, len(latency_s) + 1) / max(len(latency_s), 1), color=TEAL, lw=1.8
         )
-        for percentile, name in ((50, "p50"), (95, "p95"), (99, "p99")):
+        for percentile, name, height in ((50, "p50", 50), (95, "p95", 30), (99, "p99", 12)):
             if len(latency_s):
                 value = numbers["latency_s"][name]
                 left.plot([value, value], [0, percentile], color=FAINT, lw=1)
                 left.annotate(
                     f"{name} {value:.3g} s",
-                    (value, percentile),
+                    (value, height),
                     xytext=(-4, 0),
                     ha="right",
                     va="center",
@@ -101,7 +101,8 @@ def draw(numbers: dict[str, Any], outcomes: Sequence[Outcome], samples: Sequence
         middle.set(xlabel="time, s", ylabel="pictures a second", ylim=(0, None), xlim=(0, None))
         middle.set_title("Throughput", loc="left", fontweight="bold")
         right.plot([s.done for s in samples], [s.resident_bytes / 1e6 for s in samples], color=AMBER, lw=1.8)
-        right.set(xlabel="requests", ylabel="server's memory, MB", ylim=(0, None), xlim=(0, None))
+        right.set(xlabel="requests", ylabel="server's memory, MB", xlim=(0, None))
+        right.set_ylim(0, 1.15 * max((s.resident_bytes / 1e6 for s in samples), default=1.0))
         right.set_title("Memory", loc="left", fontweight="bold")
         for axes in (left, middle, right):
             axes.grid(color=FAINT, lw=0.5, alpha=0.6)

@@ -22,6 +22,8 @@ from megjax.data.grammar import COLOURS, RELATIONS, SHAPES
 from megjax.errors import MegError
 
 MEMORY = re.compile(r"^process_resident_memory_bytes (\S+)$", re.MULTILINE)
+REST_S = 1.0
+"""A client's pause after a refusal."""
 REFUSED = re.compile(r"\((\d{3})\)|answers (\d{3})")
 
 
@@ -138,7 +140,7 @@ async def drive(
     samples: list[Sample] = []
     begun = time.monotonic()
 
-    async def one(http: httpx.AsyncClient, which: int) -> None:
+    async def one(http: httpx.AsyncClient, which: int) -> Outcome:
         start = time.monotonic()
         batch, message, tries, refused = 0, None, 0, ""
         try:
@@ -148,13 +150,16 @@ async def drive(
             found = REFUSED.search(str(error))
             refused = (found[1] or found[2]) if found else str(error)
         now = time.monotonic()
-        outcomes.append(Outcome(which, start - begun, now - start, batch, message, tries, refused))
+        return Outcome(which, start - begun, now - start, batch, message, tries, refused)
 
     async def client(http: httpx.AsyncClient) -> None:
         for which in left:
             if time.monotonic() - begun > config.most_s:
                 return
-            await one(http, which)
+            outcomes.append(await one(http, which))
+            if outcomes[-1].refused:
+                # Whoever is refused and asks again at once measures the refusals alone.
+                await asyncio.sleep(REST_S)
 
     async def watch(http: httpx.AsyncClient) -> None:
         while True:
