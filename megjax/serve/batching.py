@@ -62,8 +62,8 @@ class Batcher:
         self._work, self._most, self._linger_s = work, most, linger_s
         self._changed = asyncio.Event()
 
-    def submit(self, kind: Hashable, work: Any) -> Job:
-        """Queue a job.
+    def admit(self) -> None:
+        """Find room for one job more.
 
         Raises:
             Refused: 503 while draining, 429 when the queue is full.
@@ -72,6 +72,10 @@ class Batcher:
             raise Refused(503, "the server is shutting down; ask again", RESTART_S)
         if len(self.waiting) >= self._most:
             raise Refused(429, f"{self._most} requests wait already; ask again later", self.retry_after_s())
+
+    def submit(self, kind: Hashable, work: Any) -> Job:
+        """Queue a job; see `admit` for what it raises."""
+        self.admit()
         job = Job(kind, work, asyncio.get_running_loop().create_future())
         self.waiting.append(job)
         self._changed.set()
@@ -86,8 +90,8 @@ class Batcher:
 
     def retry_after_s(self) -> int:
         """Seconds until the queue has likely moved on; at least 1."""
-        largest, seconds = list(self.seconds.items())[-1]
-        return max(1, min(60, round(len(self.waiting) / largest * seconds)))
+        fastest_s = min(seconds / size for size, seconds in self.seconds.items())
+        return max(1, min(60, round(len(self.waiting) * fastest_s)))
 
     async def run(self) -> None:
         """Serve until cancelled."""

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 from megjax.errors import MegError
 from megjax.link import profiles
 from megjax.link.cost import Compute
-from megjax.pipeline import Pipeline, Request
+from megjax.pipeline import Pipeline, Request, check
 from megjax.pipeline.workload import workload
 from megjax.rl.policy import act, load_policy
 from megjax.serve import engine
 from megjax.serve.account import account
-from megjax.serve.batching import RESTART_S, Batcher, Job, Refused
+from megjax.serve.batching import Batcher, Job, Refused
 from megjax.serve.choice import choose, covering
 from megjax.serve.config import ServeConfig
 from megjax.serve.engine import Sent, Size, Task
@@ -78,7 +78,7 @@ class Service:
                 bounds = f"{self.fewest_steps} to {config.max_steps}"
                 raise MegError(f"{path}: chooses {low} to {high} steps, this server takes {bounds}")
         for size in self.sizes:
-            engine.check(Request("-", steps=config.max_steps, height=size[0], width=size[1]), pipeline)
+            check(Request("-", steps=config.max_steps, height=size[0], width=size[1]), pipeline)
         self.batcher = Batcher(self._batch, config.batch_sizes, config.queue, config.linger_s)
         self.ready = False
         self._closed = False
@@ -121,8 +121,8 @@ class Service:
         deadline_s = min(body.deadline_s or config.deadline_s, config.deadline_s)
         if body.deadline_s is not None and body.deadline_s > config.deadline_s:
             raise Refused(422, f"deadline_s: at most {config.deadline_s:g} s are allowed")
-        if self.batcher.draining:
-            raise Refused(503, "the server is shutting down; ask again", RESTART_S)
+        # Before any word is looked up: what is refused should cost little.
+        self.batcher.admit()
         if not self.ready:
             raise Refused(503, "the server is starting; ask again", 2)
         wanted = await self._wanted(body, picture)
@@ -179,23 +179,19 @@ class Service:
         psnr_db = float("inf") if body.channel.psnr_db is None else body.channel.psnr_db
         return Wanted(task, limits, body.channel.rate_bps, psnr_db, picture)
 
-    def _request(self, body: GenerateRequest, size: Size) -> Request:
+    def _task(self, body: GenerateRequest, size: Size) -> Task:
+        chosen = body.steps is not None and body.ratio is not None
         request = Request(
             body.prompt,
             negative_prompt=body.negative_prompt,
-            steps=self.fewest_steps if body.steps is None else body.steps,
-            ratio=0.0 if body.ratio is None else body.ratio,
+            steps=body.steps if body.steps is not None else self.fewest_steps,
+            ratio=body.ratio if body.ratio is not None else 0.0,
             guidance=body.guidance,
             seed=body.seed,
             height=size[0],
             width=size[1],
         )
-        engine.check(request, self.pipeline)
-        return request
-
-    def _task(self, body: GenerateRequest, size: Size) -> Task:
-        request = self._request(body, size)
-        return engine.prepare(self.pipeline, request, body.dtype, chosen=body.steps is not None)
+        return engine.prepare(self.pipeline, request, body.dtype, chosen=chosen)
 
     async def _batch(self, jobs: Sequence[Job], size: int) -> Sequence[Any]:
         begun = time.monotonic()
