@@ -56,21 +56,25 @@ class Server:
 
 @pytest.fixture
 def run(pipeline):
-    """(test, configuration) -> what the test returns, run against a ready server."""
+    """(test, configuration) -> what the test returns, run against a ready server.
+
+    `warm` waits for it to be ready; one that `generates` nothing is at once.
+    """
     import httpx
 
     from megjax.serve.app import create_app
     from megjax.serve.config import ServeConfig
     from megjax.serve.service import Service
 
-    def run(test, warm=True, **config):
+    def run(test, *, warm=True, generates=True, **config):
         config = {"batch_sizes": (1, 2), **config}
 
         @contextlib.asynccontextmanager
         async def serving():
             service = Service(pipeline, ServeConfig(**config))
             app = create_app(service)
-            task = asyncio.create_task(service.run())
+            task = asyncio.create_task(service.run() if generates else asyncio.sleep(0))
+            service.ready = not generates
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)
             try:
                 while warm and not service.ready:

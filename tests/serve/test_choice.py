@@ -52,7 +52,7 @@ def test_the_first_policy_that_keeps_the_limits_chooses():
 
 @pytest.fixture
 def asked(run, tmp_path):
-    def ask(policies, **changes):
+    def ask(policies, generates=True, **changes):
         for i, each in enumerate(policies):
             save_policy(tmp_path / f"{i}.safetensors", each)
         paths = tuple(tmp_path / f"{i}.safetensors" for i in range(len(policies)))
@@ -63,7 +63,7 @@ def asked(run, tmp_path):
                 await server.http.get("/v1/info")
             ).json()
 
-        return run(test, policies=paths)
+        return run(test, policies=paths, generates=generates)
 
     return ask
 
@@ -96,6 +96,6 @@ def test_a_choice_beyond_what_can_be_merged_is_the_most(asked):
 
 
 def test_limits_that_no_policy_keeps_are_refused(asked):
-    answer, _ = asked([policy()], limits={"latency_s": 1.0, "energy_j": 1800.0})
+    answer, _ = asked([policy()], generates=False, limits={"latency_s": 1.0, "energy_j": 1800.0})
     assert answer.status_code == 422
     assert answer.json()["error"] == "limits: the policies here keep 3 s and 1800 J"

@@ -103,7 +103,7 @@ def test_no_request_made_to_break_the_description_breaks_the_server(ask):
         return send
 
     often = settings(
-        max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+        max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
     )
     for path in ("/v1/generate", "/v1/picture"):
         wrong = described[path]["POST"].as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)

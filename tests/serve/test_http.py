@@ -72,7 +72,7 @@ async def _get(server, path="/v1/info"):
 
 
 def test_info_tells_the_bounds(run):
-    info = run(_get, max_steps=9)
+    info = run(_get, max_steps=9, generates=False)
     assert info["steps"] == [4, 9]
     assert info["ratio"] == [0.0, 0.9375]
     assert info["sizes"] == [[64, 64]]
@@ -115,7 +115,7 @@ def test_info_tells_the_bounds(run):
     ],
 )
 def test_malformed_requests_get_one_readable_line(run, changes, words):
-    answer = run(lambda server: server.post(**changes))
+    answer = run(lambda server: server.post(**changes), generates=False)
     assert answer.status_code == 422
     assert list(answer.json()) == ["error"]
     assert words in answer.json()["error"]
@@ -145,7 +145,7 @@ def test_odd_bodies_and_headers_are_refused(run, content, headers, status):
         headers_all = {"Content-Type": "application/json", **headers}
         return await server.http.post("/v1/generate", content=content, headers=headers_all)
 
-    answer = run(test)
+    answer = run(test, generates=False)
     assert answer.status_code == status
     assert list(answer.json()) == ["error"]
 
@@ -160,7 +160,7 @@ def test_a_body_without_a_length_is_measured_as_it_comes(run):
             "/v1/generate", content=endless(), headers={"Content-Type": "application/json"}
         )
 
-    assert run(test).status_code == 413
+    assert run(test, generates=False).status_code == 413
 
 
 def test_a_body_must_be_there_in_time(run):
@@ -178,7 +178,7 @@ def test_a_body_must_be_there_in_time(run):
         await server.app(scope, receive, send)
         return sent[0]["status"]
 
-    assert run(test, receive_s=0.05) == 408
+    assert run(test, receive_s=0.05, generates=False) == 408
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_without_the_token_there_is_nothing_but_401_and_healthz(run, headers):
         ]
         return answers, await server.http.get("/healthz", headers=headers)
 
-    answers, alive = run(test, token=TOKEN)
+    answers, alive = run(test, token=TOKEN, generates=False)
     assert {answer.status_code for answer in answers} == {401}
     assert all(answer.json() == {"error": "a valid token is needed"} for answer in answers)
     assert all(answer.headers["www-authenticate"].startswith("Basic ") for answer in answers)
@@ -253,7 +253,7 @@ def test_unknown_paths_and_methods_are_errors_in_one_line(run):
     async def test(server):
         return await server.http.get("/v1/nothing"), await server.http.get("/v1/generate")
 
-    missing, wrong = run(test)
+    missing, wrong = run(test, generates=False)
     assert (missing.status_code, missing.json()) == (404, {"error": "Not Found"})
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
 
