@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from megjax.errors import MegError
-from megjax.models.layers import GroupNorm, conv, gelu, layer_norm, linear, scan, stack
+from megjax.models.layers import ATTENDED, GroupNorm, conv, gelu, layer_norm, linear, scan, stack
 from megjax.models.network import Options
 from megjax.models.placement import batch_parts
 
@@ -60,18 +62,15 @@ def attention(
     )
     # Of one device's part of the batch.
     row_bytes = v_BxSxHxD.dtype.itemsize * (B // batch_parts(B)) * H * k_BxSxHxD.shape[1]
-    if causal or T * row_bytes <= MAX_SCORE_BYTES:
-        out_BxHxDxT = _softmax_attention(q_BxHxDxT, k_BxHxDxS, v_BxHxDxS, causal)
+    out_BxHxDxT: Array
+    if causal:
+        out_BxHxDxT = _softmax_attention(q_BxHxDxT, k_BxHxDxS, v_BxHxDxS, causal=True)[0]
+    elif T * row_bytes <= MAX_SCORE_BYTES and v_BxHxDxS.dtype == jnp.float32:
+        # Small and on a CPU most likely: keeping the probabilities is quicker there than computing them anew.
+        out_BxHxDxT = _softmax_attention(q_BxHxDxT, k_BxHxDxS, v_BxHxDxS)[0]
     else:
-        block = _largest_divisor(T, max(1, MAX_SCORE_BYTES // row_bytes))
-
-        # Checkpointed, or the backward pass would keep every block's probabilities after all.
-        @jax.checkpoint
-        def columns(q_BxHxDxt: Array) -> Array:
-            return _softmax_attention(q_BxHxDxt, k_BxHxDxS, v_BxHxDxS, False)
-
-        q_blocks = jnp.moveaxis(q_BxHxDxT.reshape(B, H, D, T // block, block), 3, 0)
-        out_BxHxDxT = jnp.moveaxis(jax.lax.map(columns, q_blocks), 0, 3).reshape(B, H, D, T)
+        block = _largest_divisor(T, min(T, max(1, MAX_SCORE_BYTES // row_bytes)))
+        out_BxHxDxT = _blockwise_attention(q_BxHxDxT, k_BxHxDxS, v_BxHxDxS, block)
     return out_BxHxDxT.reshape(B, H * D, T).swapaxes(1, 2).reshape(B, T, H, D)
 
 
@@ -81,8 +80,13 @@ def _tokens_last(x_BxTxHxD: Array) -> Array:
     return x_BxTxHxD.reshape(B, T, H * D).swapaxes(1, 2).reshape(B, H, D, T)
 
 
-def _softmax_attention(q_BxHxDxT: Array, k_BxHxDxS: Array, v_BxHxDxS: Array, causal: bool) -> Array:
-    """Attention of scaled queries; divides the values by the softmax's sums, not T x S probabilities."""
+def _softmax_attention(
+    q_BxHxDxT: Array, k_BxHxDxS: Array, v_BxHxDxS: Array, *, causal: bool = False
+) -> tuple[Array, Array]:
+    """Attention of scaled queries, and the logarithm of each one's softmax's sum, float32.
+
+    Divides the values by the sums, not T x S probabilities.
+    """
     scores = jnp.einsum("BHDT,BHDS->BHTS", q_BxHxDxT, k_BxHxDxS, preferred_element_type=jnp.float32)
     if causal:
         T, S = scores.shape[-2:]
@@ -90,14 +94,82 @@ def _softmax_attention(q_BxHxDxT: Array, k_BxHxDxS: Array, v_BxHxDxS: Array, cau
         scores = jnp.where(seen[None, None], scores, -jnp.inf)
     top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     weights_BxHxTxS = jnp.exp(scores - top)
-    sums_BxHx1xT = weights_BxHxTxS.sum(-1)[:, :, None, :]
+    sums_BxHxT = weights_BxHxTxS.sum(-1)
     out = jnp.einsum(
         "BHTS,BHDS->BHDT",
         weights_BxHxTxS.astype(v_BxHxDxS.dtype),
         v_BxHxDxS,
         preferred_element_type=jnp.float32,
     )
-    return (out / sums_BxHx1xT).astype(q_BxHxDxT.dtype)
+    out = (out / sums_BxHxT[:, :, None, :]).astype(q_BxHxDxT.dtype)
+    return out, top[..., 0] + jnp.log(sums_BxHxT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _blockwise_attention(q_BxHxDxT: Array, k_BxHxDxS: Array, v_BxHxDxS: Array, block: int) -> Array:
+    """`_softmax_attention` for `block` queries at a time; the backward pass computes the probabilities anew.
+
+    As FlashAttention's (arXiv:2205.14135) it needs the output and one number a query for them.
+    """
+    return _blockwise_fwd(q_BxHxDxT, k_BxHxDxS, v_BxHxDxS, block)[0]
+
+
+def _blockwise_fwd(q: Array, k: Array, v: Array, block: int) -> tuple[Array, Any]:
+    out, lse_BxHxT = _each_block(lambda q: _softmax_attention(q, k, v), (q,), block)
+    out, lse_BxHxT = checkpoint_name(out, ATTENDED), checkpoint_name(lse_BxHxT, ATTENDED)
+    return out, (q, k, v, out, lse_BxHxT)
+
+
+def _blockwise_bwd(block: int, residuals: Any, d_out_BxHxDxT: Array) -> tuple[Array, Array, Array]:
+    q, k, v, out, lse_BxHxT = residuals
+    # The softmax's own gradient: what all of a query's probabilities lose together.
+    lost_BxHxT = jnp.sum(d_out_BxHxDxT.astype(jnp.float32) * out.astype(jnp.float32), axis=2)
+
+    def gradients(q: Array, d_out: Array, lse: Array, lost: Array) -> tuple[Array, Array, Array]:
+        scores = jnp.einsum("BHDT,BHDS->BHTS", q, k, preferred_element_type=jnp.float32)
+        p_BxHxTxS = jnp.exp(scores - lse[..., None]).astype(v.dtype)
+        d_p = jnp.einsum("BHDT,BHDS->BHTS", d_out, v, preferred_element_type=jnp.float32)
+        d_scores = (p_BxHxTxS * (d_p - lost[..., None])).astype(v.dtype)
+        d_q = jnp.einsum("BHTS,BHDS->BHDT", d_scores, k, preferred_element_type=jnp.float32)
+        d_k = jnp.einsum("BHTS,BHDT->BHDS", d_scores, q, preferred_element_type=jnp.float32)
+        d_v = jnp.einsum("BHTS,BHDT->BHDS", p_BxHxTxS, d_out, preferred_element_type=jnp.float32)
+        return d_q.astype(q.dtype), d_k, d_v
+
+    T = q.shape[-1]
+    if block == T:
+        d_q, d_k, d_v = gradients(q, d_out_BxHxDxT, lse_BxHxT, lost_BxHxT)
+        return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype)
+
+    def add(sums: tuple[Array, Array], parts: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
+        d_q, d_k, d_v = gradients(*parts)
+        return (sums[0] + d_k, sums[1] + d_v), d_q
+
+    blocks = tuple(_blocks(x, block) for x in (q, d_out_BxHxDxT, lse_BxHxT, lost_BxHxT))
+    zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    (d_k, d_v), d_q = jax.lax.scan(add, zeros, blocks)
+    return _joined(d_q), d_k.astype(k.dtype), d_v.astype(v.dtype)
+
+
+_blockwise_attention.defvjp(_blockwise_fwd, _blockwise_bwd)
+
+
+def _each_block(run: Callable[..., Any], arrays: tuple[Array, ...], block: int) -> Any:
+    """`run` on `block` queries at a time."""
+    if block == arrays[0].shape[-1]:
+        return run(*arrays)
+    outputs = jax.lax.map(lambda parts: run(*parts), tuple(_blocks(x, block) for x in arrays))
+    return jax.tree.map(_joined, outputs)
+
+
+def _blocks(x: Array, block: int) -> Array:
+    """(..., T) -> (T / block, ..., block)."""
+    return jnp.moveaxis(x.reshape(*x.shape[:-1], -1, block), -2, 0)
+
+
+def _joined(x: Array) -> Array:
+    """The inverse of `_blocks`."""
+    x = jnp.moveaxis(x, 0, -2)
+    return x.reshape(*x.shape[:-2], -1)
 
 
 def _largest_divisor(n: int, limit: int) -> int:

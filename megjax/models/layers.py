@@ -14,6 +14,9 @@ from jaxtyping import Array, Float, Int
 from megjax.models.network import Options
 from megjax.models.placement import gathered
 
+ATTENDED = "attention's output"
+"""Kept where all else of a layer is recomputed: few bytes for the most costly part."""
+
 
 class Linear(nnx.Linear):
     """`nnx.Linear`, in float32 over flattened leading axes.
@@ -134,7 +137,9 @@ def scan(
     def body(x: Array, layer: Any) -> tuple[Array, None]:
         return step(nnx.merge(graphdef, gathered(layer, options.dtype)), x, *args), None
 
-    return jax.lax.scan(jax.checkpoint(body) if options.remat else body, x, params)[0]
+    if options.remat:
+        body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(ATTENDED))
+    return jax.lax.scan(body, x, params)[0]
 
 
 def gelu(x: Array) -> Array:

@@ -49,9 +49,12 @@ TPU_OPTIONS = {
     "xla_tpu_run_space_to_batch": False,
     "xla_tpu_run_space_to_batch_on_new_platforms": False,
     "xla_tpu_scoped_vmem_limit_kib": 8192,
+    "xla_vf_vmem_max_repacks": 0,
+    "xla_vf_vmem_max_retries": 0,
 }
 """Of libtpu's compiler. Without space-to-batch a picture's convolutions at small batches are not spread over
-a batch that they do not have, to and fro; half its scratch memory halves the compiler's search for tiles."""
+a batch that they do not have, to and fro; half its scratch memory halves the compiler's search for tiles;
+laying out the fast memory once, not again and again, halves the rest."""
 
 QUICK = {"exec_time_optimization_effort": -1.0}
 """Besides: the compiler's least effort."""

@@ -59,6 +59,28 @@ def test_blocks_give_the_same_values_and_gradients(monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), whole, blocks)
 
 
+@pytest.mark.parametrize("rows", [5, 1000])
+def test_gradients_in_bfloat16_are_those_of_float32_rounded(monkeypatch, rows):
+    q, k, v, wanted = *qkv(T=24, dtype=jnp.bfloat16), qkv(T=24)[0]
+
+    def loss(q, k, v):
+        return jnp.sum(attend(q, k, v).astype(jnp.float32) * wanted)
+
+    exact = jax.grad(loss, (0, 1, 2))(*(x.astype(jnp.float32) for x in (q, k, v)))
+    monkeypatch.setattr("megjax.models.attention.MAX_SCORE_BYTES", 2 * 2 * 3 * 9 * rows)
+    for a, b in zip(jax.grad(loss, (0, 1, 2))(q, k, v), exact, strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert jnp.linalg.norm(a.astype(jnp.float32) - b) < 0.01 * jnp.linalg.norm(b)
+
+
+def test_the_backward_pass_keeps_no_probabilities():
+    x = jax.ShapeDtypeStruct((2, 128, 3, 16), jnp.bfloat16)
+    _, kept = jax.eval_shape(lambda q, k, v: jax.vjp(attend, q, k, v), x, x, x)
+    sizes = [leaf.size for leaf in jax.tree.leaves(kept)]
+    assert sizes
+    assert max(sizes) < 128 * 128
+
+
 def test_scores_of_16384_tokens_are_never_all_held():
     # The SDXL decoder's mid block at 1024 x 1024: one head of 512; all scores would be 1 GiB.
     x = jax.ShapeDtypeStruct((1, 16384, 1, 512), jnp.float32)
