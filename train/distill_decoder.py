@@ -8,6 +8,7 @@ import tyro
 
 from configs.distill_decoder import PRESETS
 from megjax.allocator import keep_freed_memory
+from megjax.compilation import keep_compilations
 from megjax.distill.decoder_run import DecoderConfig, train_decoder
 from megjax.errors import MegError
 
@@ -15,6 +16,7 @@ from megjax.errors import MegError
 def main(config: DecoderConfig) -> None:
     """Train; resumes from the newest checkpoint in `config.folder`."""
     keep_freed_memory()
+    keep_compilations()
     try:
         print(train_decoder(config))
     except MegError as error:

@@ -7,12 +7,14 @@ import sys
 import tyro
 
 from configs.policy import PRESETS
+from megjax.compilation import keep_compilations
 from megjax.errors import MegError
 from megjax.rl.training import PolicyRunConfig, train_policies
 
 
 def main(config: PolicyRunConfig) -> None:
     """Train, then print what each policy is worth against its optimum."""
+    keep_compilations()
     try:
         results = train_policies(config)
     except MegError as error:

@@ -9,6 +9,7 @@ import tyro
 
 from configs.pretrain import PRESETS
 from megjax.allocator import keep_freed_memory
+from megjax.compilation import keep_compilations
 from megjax.pipeline import load_pipeline
 from megjax.training.curves import draw_curves
 from megjax.training.pretrain import (
@@ -25,6 +26,7 @@ from megjax.training.pretrain import (
 def main(config: PretrainConfig) -> None:
     """Train all stages; each resumes from its newest checkpoint in `config.folder`."""
     keep_freed_memory()
+    keep_compilations()
     config.folder.mkdir(parents=True, exist_ok=True)
     key_vae, key_pool, key_denoiser = jax.random.split(jax.random.key(config.seed), 3)
     start = None

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from pathlib import Path
 
-import jax
 import tyro
 
 from megjax.allocator import keep_freed_memory
@@ -15,6 +12,7 @@ from megjax.cli.export_ue import export_ue_command
 from megjax.cli.generate import generate_command
 from megjax.cli.plan import plan_command
 from megjax.cli.serve import serve_command
+from megjax.compilation import keep_compilations
 from megjax.errors import MegError
 
 COMMANDS = {
@@ -29,7 +27,7 @@ COMMANDS = {
 def main() -> None:
     """Run the command line."""
     keep_freed_memory()
-    _cache_compilations()
+    keep_compilations()
     try:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="megjax")
     except MegError as error:
@@ -37,11 +35,3 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _cache_compilations() -> None:
-    """Keep compiled programs between runs, unless the environment says where (or that JAX should not)."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megjax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
