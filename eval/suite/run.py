@@ -141,5 +141,5 @@ def _write(path: Path, content: bytes) -> None:
 def cache_compilations(out: Path) -> None:
     """Keep compiled programs with the results, unless the environment says where."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(out / "cache" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(out.absolute() / "cache" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
