@@ -40,6 +40,7 @@ class Config:
         latent: latents' height and width.
         batch: pictures a call; guidance takes two.
         core: pin to this CPU core; -1 for any.
+        quick: MegJAX's side with the compiler's least effort, as `megjax plan --quick`.
         tuned: compile MegJAX's side with `megjax.plan.chips.TPU_OPTIONS`; the peer has libtpu's own.
         hlo: folder for the compiled programs, if wanted.
         json: where to write the figures, if anywhere.
@@ -53,6 +54,7 @@ class Config:
     batch: int = 2
     core: int = -1
     tuned: bool = True
+    quick: bool = False
     hlo: Path | None = None
     json: Path | None = None
     side: Side | None = None
@@ -86,7 +88,7 @@ def run(config: Config, side: Side) -> dict[str, float]:
         "JAX_ENABLE_COMPILATION_CACHE": "0",
     }
     args = [f"--{name}={getattr(config, name)}" for name in ("program", "topology", "latent", "batch")]
-    args.append("--tuned" if config.tuned else "--no-tuned")
+    args += [f"--{'' if getattr(config, name) else 'no-'}{name}" for name in ("tuned", "quick")]
     args += [] if config.hlo is None else [f"--hlo={config.hlo}"]
     child = subprocess.run(
         [sys.executable, "-m", "eval.bench.compile_tpu", "--side", side, *args],
@@ -104,12 +106,14 @@ def compiled(config: Config, fn: Callable[..., Any], args: tuple) -> dict[str, f
     import jax
 
     from megjax.plan.account import account
-    from megjax.plan.chips import TPU_OPTIONS, topology
+    from megjax.plan.chips import QUICK, TPU_OPTIONS, topology
 
     chips = topology(config.topology)
     chip = jax.sharding.SingleDeviceSharding(chips.devices[0])
     lowered = jax.jit(fn, in_shardings=chip).lower(*args)
-    options = TPU_OPTIONS if config.tuned and config.side == "megjax" else None
+    options: dict[str, Any] = {}
+    if config.side == "megjax":
+        options = {**(TPU_OPTIONS if config.tuned else {}), **(QUICK if config.quick else {})}
     executable, timing = timed(lambda: lowered.compile(compiler_options=options))
     text = executable.as_text()
     if config.hlo is not None:

@@ -266,12 +266,18 @@ def train_diffuser(config: DiffuserConfig) -> Path:
         work=_work(config, pipeline, frozen, rows),
         tensorboard=config.tensorboard,
     )
-    return _export(config, pipeline, program.student(_on_device(state.ema, mesh), teacher), teacher)
+    return _export(config, pipeline, program.student(_on_device(config, state.ema, mesh), teacher), teacher)
 
 
-def _on_device(ema: Params, mesh: Mesh) -> Params:
+def _on_device(config: DiffuserConfig, ema: Params, mesh: Mesh) -> Params:
     """The moving average in the devices' memory, each with its part."""
-    return jax.device_put(ema, param_shardings(ema, mesh))
+    if not config.offload_ema:
+        return ema
+    # Compiled, as each of several processes can reach its own devices alone.
+    move = jax.jit(
+        lambda x: jax.device_put(x, jax.memory.Space.Device), out_shardings=param_shardings(ema, mesh)
+    )
+    return move(ema)
 
 
 def _solved(config: DiffuserConfig, pipeline: Pipeline, rows: Cache) -> Cache:
@@ -361,7 +367,7 @@ def _evaluation(
         return np.concatenate(np.asarray(decoded(pipeline.params["vae_decoder"], z)))
 
     def evaluate(state: TrainState) -> Report:
-        ema = _on_device(state.ema, mesh)
+        ema = _on_device(config, state.ema, mesh)
         scalars = {name: float(np.asarray(v)) for name, v in errors(ema, key, everyone).items()}
         columns = [reference()]
         for T in steps:

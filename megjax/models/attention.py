@@ -115,7 +115,11 @@ def _blockwise_attention(q_BxHxDxT: Array, k_BxHxDxS: Array, v_BxHxDxS: Array, b
 
 
 def _blockwise_fwd(q: Array, k: Array, v: Array, block: int) -> tuple[Array, Any]:
-    out, lse_BxHxT = _each_block(lambda q: _softmax_attention(q, k, v), (q,), block)
+    if block == q.shape[-1]:
+        out, lse_BxHxT = _softmax_attention(q, k, v)
+    else:
+        outputs = jax.lax.map(lambda part: _softmax_attention(part, k, v), _blocks(q, block))
+        out, lse_BxHxT = map(_joined, outputs)
     out, lse_BxHxT = checkpoint_name(out, ATTENDED), checkpoint_name(lse_BxHxT, ATTENDED)
     return out, (q, k, v, out, lse_BxHxT)
 
@@ -151,14 +155,6 @@ def _blockwise_bwd(block: int, residuals: Any, d_out_BxHxDxT: Array) -> tuple[Ar
 
 
 _blockwise_attention.defvjp(_blockwise_fwd, _blockwise_bwd)
-
-
-def _each_block(run: Callable[..., Any], arrays: tuple[Array, ...], block: int) -> Any:
-    """`run` on `block` queries at a time."""
-    if block == arrays[0].shape[-1]:
-        return run(*arrays)
-    outputs = jax.lax.map(lambda parts: run(*parts), tuple(_blocks(x, block) for x in arrays))
-    return jax.tree.map(_joined, outputs)
 
 
 def _blocks(x: Array, block: int) -> Array:

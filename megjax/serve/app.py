@@ -18,14 +18,13 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from megjax import __version__
+from megjax.client.http import MEDIA_TYPE, RESULT_HEADER
 from megjax.serve.batching import RESTART_S, Refused
 from megjax.serve.engine import largest_ratio
 from megjax.serve.guard import App, guarded
 from megjax.serve.schemas import GenerateRequest, readable
 from megjax.serve.service import Done, Service
 
-MEDIA_TYPE = "application/vnd.megjax.message"
-RESULT_HEADER = "MegJAX-Result"
 CHUNK_BYTES = 16384
 
 log = logging.getLogger("megjax.serve")
