@@ -13,6 +13,9 @@ import hashlib
 import itertools
 import json
 import shutil
+import tempfile
+import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +28,9 @@ from megjax.errors import MegError
 
 JUDGED_AFTER = 1000
 """Examples seen before the share of broken ones is judged, or all of them."""
+
+ABANDONED_AFTER_S = 24 * 3600
+"""Age of a half-written shard that no run can still be at work on."""
 
 
 class Block(NamedTuple):
@@ -102,7 +108,8 @@ def cached(
     if jax.process_index() == 0:
         own.mkdir(parents=True, exist_ok=True)
         for unfinished in own.glob(".part-*"):
-            shutil.rmtree(unfinished)
+            if time.time() - unfinished.stat().st_mtime > ABANDONED_AFTER_S:
+                shutil.rmtree(unfinished, ignore_errors=True)
         _write_json(own / "key.json", dict(key))
     _together("cache opened")
     parts = [own / f"part-{i:06d}" for i in range(-(-examples // shard))]
@@ -149,13 +156,19 @@ def fingerprint(folder: Path) -> str:
 
 
 def _write(part: Path, block: Block) -> None:
-    temporary = part.with_name(f".{part.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    # A name of its own: another run may be filling the same cache.
+    temporary = Path(tempfile.mkdtemp(prefix=f".{part.name}-", dir=part.parent))
+    temporary.chmod(part.parent.stat().st_mode)
     for name, array in block.arrays.items():
         np.save(temporary / f"{name}.npy", array)
     _write_json(temporary / "broken.json", list(block.broken))
-    temporary.rename(part)
+    try:
+        temporary.rename(part)
+    except OSError:
+        # The other run was quicker, with the same contents.
+        if not part.exists():
+            raise
+        shutil.rmtree(temporary)
 
 
 def _broken(part: Path) -> list[str]:
@@ -174,7 +187,7 @@ def _open(folder: Path, parts: list[Path]) -> Cache:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     temporary.write_text(json.dumps(value, indent=1, sort_keys=True, default=str))
     temporary.replace(path)
 

@@ -22,6 +22,7 @@ from megjax.distill.cache import Cache
 from megjax.distill.decoder import (
     Degrade,
     Latents,
+    Objective,
     Ranges,
     decoder_distillation_loss,
     gated,
@@ -82,6 +83,8 @@ class DecoderConfig:
     """Of the features, likewise."""
     kl_weight: float = 8e-6
     """beta of the gate of `pruning`."""
+    objective: Objective = "mse"
+    """Mean squared error (the paper's), or `quality`, the mean of its logarithm."""
     width: float = 1.0
     """Of the decoder's channels. Another width than 1 starts from random weights; 0.3 costs a tenth."""
     dtype: str = "float32"
@@ -155,7 +158,8 @@ def narrowed(config: VAEConfig, width: float) -> VAEConfig:
 
 def rows_loss(config: DecoderConfig, decoder: Network, ranges: Ranges) -> Loss:
     """Eq. (21) over rows of the cache."""
-    loss = decoder_distillation_loss(decoder, _degrade(config), ranges, config.batch // config.accumulate)
+    samples = config.batch // config.accumulate
+    loss = decoder_distillation_loss(decoder, _degrade(config), ranges, samples, config.objective)
 
     def of_rows(params: Any, key: Key[Array, ""], rows: Any) -> tuple[Float[Array, ""], Metrics]:
         picture = rows["picture"].astype(jnp.float32) / 255

@@ -22,7 +22,7 @@ from megjax.diffusion.perflow import WINDOWS, Parametrisation
 from megjax.distill.cache import Cache
 from megjax.distill.encoding import ENCODERS, caption_ids, encoded_pictures, model_key, progress_bar
 from megjax.distill.export import copy_backbone, delta, save_weights
-from megjax.distill.perflow import Batch, Solved, perflow_loss, solved_loss
+from megjax.distill.perflow import Batch, Measure, Solved, perflow_loss, solved_loss
 from megjax.distill.windows import solved_windows
 from megjax.errors import MegError
 from megjax.models import Network, Options, Params, time_ids, unet
@@ -67,6 +67,8 @@ class DiffuserConfig:
     accumulate: int = 1
     """Parts of a batch, one after the other."""
     learning_rate: float = 1e-4
+    decay: bool = False
+    """Let the learning rate fall to zero by a cosine."""
     warmup: int = 100
     clip: float = 1.0
     weight_decay: float = 0.01
@@ -85,6 +87,8 @@ class DiffuserConfig:
     text_drop: float = 0.1
     huber: float | None = None
     """Width of the Huber loss, instead of the squared error."""
+    measure: Measure = "output"
+    """What errors are measured of: the student's output (the paper's), or its velocity."""
     lora_rank: int = 0
     """Train factors of this rank in place of the weights: no second U-Net in memory nor in the state."""
     lora_scale: float = 1.0
@@ -152,7 +156,7 @@ def distillation(config: DiffuserConfig, pipeline: Pipeline) -> Program:
         warmup=config.warmup,
         clip=config.clip,
         weight_decay=config.weight_decay,
-        decay=False,
+        decay=config.decay,
         moments=config.moments,
     )
 
@@ -181,6 +185,7 @@ def distillation_loss(config: DiffuserConfig, pipeline: Pipeline, student: Netwo
         "kind": config.kind,
         "text_drop": config.text_drop,
         "huber": config.huber,
+        "measure": config.measure,
     }
     if config.solve_once:
         solved = solved_loss(student, pipeline.schedule, **common)

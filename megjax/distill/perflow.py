@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,22 @@ from jaxtyping import Array, Float, Int, Key
 from megjax.diffusion import Conditioning, Schedule, conditioned, guided
 from megjax.diffusion.ddim import Denoise
 from megjax.diffusion.guidance import UNetCall
-from megjax.diffusion.perflow import WINDOWS, Parametrisation, signal_power, window_edges, window_gains
+from megjax.diffusion.perflow import (
+    WINDOWS,
+    Parametrisation,
+    signal_power,
+    velocity,
+    window_edges,
+    window_gains,
+)
 from megjax.models import Params
 from megjax.training.step import Loss, Metrics
 
 GRID = 200
 """Training times lie on a grid of this many: t = 1 - floor(200 u) / 200."""
+
+Measure: TypeAlias = Literal["output", "velocity"]
+"""What errors are measured of: the student's output, Eq. (12), or the velocity it stands for, Eq. (11)."""
 
 
 class Target(NamedTuple):
@@ -201,6 +212,39 @@ def regression(
     return jnp.mean(loss, axis=(1, 2, 3))
 
 
+def student_errors(
+    output_BxHxWxC: Float[Array, "B H W C"],
+    target: Target,
+    sched: Schedule,
+    *,
+    kind: Parametrisation = "ddim_eps",
+    windows: int = WINDOWS,
+    huber: float | None = None,
+    measure: Measure = "output",
+) -> Float[Array, B]:
+    """Each latent's distance from its target.
+
+    Measured in the output, an error weighs alike in all windows, though one in the noisiest moves the latent
+    most: eta_s of Eq. (12) is -2.5, -1.3, -0.8 and -0.7 in SDXL's schedule. The velocity's error, by which
+    rectified flow is defined, weighs each by what it does to the latent.
+
+    Args:
+        output_BxHxWxC: what the student predicts.
+        target: what it should.
+        sched: the schedule.
+        kind: what the student predicts.
+        windows: K.
+        huber: see `regression`.
+        measure: `output` or `velocity`.
+    """
+    wanted = target.target_BxHxWxC
+    if measure == "velocity":
+        output_BxHxWxC, wanted = (
+            velocity(sched, x, target.z_BxHxWxC, target.t_B, kind, windows) for x in (output_BxHxWxC, wanted)
+        )
+    return regression(output_BxHxWxC, wanted, huber)
+
+
 def drop_text(key: Key[Array, ""], prompt: Conditioning, empty: Conditioning, rate: float) -> Conditioning:
     """Replace captions by the empty prompt with probability `rate`."""
     dropped_B = jax.random.bernoulli(key, rate, (len(prompt.pooled_BxP),))
@@ -221,6 +265,7 @@ def perflow_loss(
     kind: Parametrisation = "ddim_eps",
     text_drop: float = 0.1,
     huber: float | None = None,
+    measure: Measure = "output",
     teacher_unet: UNetCall | None = None,
 ) -> Loss:
     """Eq. (12): the student at z_t against the teacher's chord; the teacher always has the full text and CFG.
@@ -234,12 +279,15 @@ def perflow_loss(
         kind: what the student predicts.
         text_drop: probability of the empty prompt.
         huber: width of the Huber loss; None is the squared error.
+        measure: see `student_errors`.
         teacher_unet: the teacher's graph where its options differ (no rematerialisation, say).
 
     Returns:
         A loss over `Batch`, with `window_k` (k = 0 is the noisiest) among its metrics: each window's own
         mean, the teacher-consistency error; 0 where a batch has none of its times.
     """
+
+    errors = partial(student_errors, sched=sched, kind=kind, windows=windows, huber=huber, measure=measure)
 
     def loss(params: Any, key: Key[Array, ""], batch: Batch) -> tuple[Float[Array, ""], Metrics]:
         key_target, key_drop = jax.random.split(key)
@@ -255,7 +303,7 @@ def perflow_loss(
         )
         prompt = drop_text(key_drop, batch.prompt, batch.empty, text_drop)
         output = conditioned(unet, params, prompt)(target.z_BxHxWxC, target.t_B)
-        error_B = regression(output, target.target_BxHxWxC, huber)
+        error_B = errors(output, target)
         return jnp.mean(error_B), window_metrics(error_B, target.t_B, sched, windows)
 
     return loss
@@ -269,6 +317,7 @@ def solved_loss(
     kind: Parametrisation = "ddim_eps",
     text_drop: float = 0.1,
     huber: float | None = None,
+    measure: Measure = "output",
 ) -> Loss:
     """Eq. (12) on windows that the teacher has solved before: a step costs one call of the student.
 
@@ -281,10 +330,13 @@ def solved_loss(
         kind: what the student predicts.
         text_drop: probability of the empty prompt.
         huber: width of the Huber loss; None is the squared error.
+        measure: see `student_errors`.
 
     Returns:
         A loss over `Solved`, with the metrics of `perflow_loss`.
     """
+
+    errors = partial(student_errors, sched=sched, kind=kind, windows=windows, huber=huber, measure=measure)
 
     def loss(params: Any, key: Key[Array, ""], batch: Solved) -> tuple[Float[Array, ""], Metrics]:
         key_t, key_drop = jax.random.split(key)
@@ -298,7 +350,7 @@ def solved_loss(
         target = chord_target(Pairs(z_s, z_e, start_B, end_B), t_B, sched, kind)
         prompt = drop_text(key_drop, batch.prompt, batch.empty, text_drop)
         output = conditioned(unet, params, prompt)(target.z_BxHxWxC, t_B)
-        error_B = regression(output, target.target_BxHxWxC, huber)
+        error_B = errors(output, target)
         return jnp.mean(error_B), window_metrics(error_B, t_B, sched, windows)
 
     return loss

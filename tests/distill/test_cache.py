@@ -1,5 +1,7 @@
 """Caches: computed once, gone on with half-way, keyed by what they depend on; broken examples."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -49,13 +51,33 @@ def test_an_interrupted_cache_goes_on(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         cached(tmp_path, KEY, 10, interrupted, shard=4)
     # Killed in the middle of writing a shard: what it left is not taken for one.
-    left = tmp_path / digest(KEY) / ".part-000001"
+    left = tmp_path / digest(KEY) / ".part-000001-x"
     left.mkdir()
     (left / "n.npy").write_bytes(b"half")
+    os.utime(left, (0, 0))
     cache = cached(tmp_path, KEY, 10, doubles(calls), shard=4)
     assert calls == [(0, 4), (4, 8), (8, 10)]
     assert [int(cache[i]["n"]) for i in range(10)] == list(range(10))
     assert not left.exists()
+
+
+def test_two_runs_may_fill_one_cache(tmp_path):
+    """The other writes the shard that one is computing, and all after it; both end with the whole cache."""
+    calls = []
+
+    def disturbed(start, stop):
+        if not calls:
+            cached(tmp_path, KEY, 10, doubles(calls), shard=4)
+        return doubles([])(start, stop)
+
+    cache = cached(tmp_path, KEY, 10, disturbed, shard=4)
+    assert [int(cache[i]["n"]) for i in range(10)] == list(range(10))
+    assert sorted(path.name for path in (tmp_path / digest(KEY)).iterdir()) == [
+        "key.json",
+        "part-000000",
+        "part-000001",
+        "part-000002",
+    ]
 
 
 def test_broken_examples_are_left_out_counted_and_named(tmp_path):

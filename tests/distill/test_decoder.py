@@ -124,3 +124,21 @@ def test_the_gate_learns_from_pixels_and_from_its_penalty():
     assert np.abs(slope(0.0)).max() > 0
     # The penalty alone wants the gates closed: more of it raises the slope of every logit.
     assert np.all(slope(1.0) > slope(0.0))
+
+
+@pytest.mark.parametrize("degrade", [merged(), gated(1e-4)])
+def test_quality_weighs_each_sample_by_its_own_error(degrade):
+    """Its slope is that of the plain loss, sample by sample, over the sample's error."""
+    params = {
+        "decoder": jax.random.normal(jax.random.key(2), (4, 3)),
+        "gate": init_gate(jax.random.key(4), 256),
+    }
+    key = jax.random.key(3)
+
+    def one(objective):
+        return decoder_distillation_loss(linear_decoder, degrade, Ranges(), 1, objective)
+
+    plain, metrics = jax.grad(one("mse"), has_aux=True)(params, key, data())
+    quality, _ = jax.grad(one("quality"), has_aux=True)(params, key, data())
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(quality), strict=True):
+        np.testing.assert_allclose(a / metrics["mse"], b, rtol=1e-4, atol=1e-6)

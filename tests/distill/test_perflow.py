@@ -19,6 +19,7 @@ from megjax.distill.perflow import (
     draw_times,
     perflow_loss,
     solved_loss,
+    student_errors,
     window_target,
 )
 from megjax.errors import MegError
@@ -216,6 +217,22 @@ def test_solved_windows_teach_what_solving_in_the_step_teaches():
     assert float(before) == pytest.approx(float(within), rel=0.1)
     for name, value in others.items():
         assert float(metrics[name]) == pytest.approx(float(value), rel=0.2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_of_the_velocity_are_the_same_in_every_parametrisation(kind):
+    """A student whose chord ends at z_e + d errs by d/(e - s) in velocity, whatever it predicts."""
+    t_B = jnp.array([1000, 800, 700, 505, 250, 5])
+    start, end = window_edges(SCHED, t_B)
+    z_s, z_e, d = jax.random.normal(jax.random.key(0), (3, 6, 2, 2, 1))
+    target = chord_target(Pairs(z_s, z_e, start, end), t_B, SCHED, kind)
+    share = ((t_B - start) / (end - start))[:, None, None, None]
+    # The other chord through the same z_t: its start moves so that its end is d away.
+    other = Pairs(z_s - d * share / (1 - share), z_e + d, start, end)
+    output = chord_target(other, t_B, SCHED, kind).target_BxHxWxC
+    got = student_errors(output, target, SCHED, kind=kind, measure="velocity")
+    slope = (d + d * share / (1 - share)) / -0.25
+    np.testing.assert_allclose(got, jnp.mean(slope**2, axis=(1, 2, 3)), rtol=2e-3)
 
 
 def test_huber_is_the_square_for_small_errors():
