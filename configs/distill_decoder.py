@@ -1,6 +1,6 @@
 """Presets of `python -m train.distill_decoder`: decoders that undo merging, pruning and noise.
 
-All learn from the same cached latents, with the same updates:
+All learn from the same cached latents, with the same updates; a sample counts by the logarithm of its error:
 
     python -m train.distill_decoder tiny                 # MEG: any ratio, any noise
     python -m train.distill_decoder tiny-split-finetune  # noise alone
@@ -19,9 +19,9 @@ from pathlib import Path
 from megjax.data.loader import DataConfig
 from megjax.distill.decoder_run import DecoderConfig
 
-TINY = DecoderConfig(folder=Path("runs/decoder/tiny"))
+TINY = DecoderConfig(folder=Path("runs/decoder/tiny"), objective="quality")
 
-PAPER = dataclasses.replace(TINY, folder=Path("runs/decoder/paper"), rules="paper", psnr_db=(10.0, 26.0))
+PAPER = DecoderConfig(folder=Path("runs/decoder/paper"), rules="paper", psnr_db=(10.0, 26.0))
 
 SDXL = DecoderConfig(
     model="runs/diffuser/sdxl/model",

@@ -6,15 +6,15 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, ScalarLike
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, ScalarLike
 
 from megjax.errors import MegError
 from megjax.link.counts import Count, Grid, Rounds, is_static, merged_counts
-from megjax.merging.operator import merge
+from megjax.merging.operator import merge, unmerge
 from megjax.merging.partition import Partition, fixed_partition, partition
 from megjax.merging.plan import Matches, Plan, build_plan
 from megjax.merging.selection import highest
-from megjax.merging.similarity import Similarity, cosine
+from megjax.merging.similarity import Similarity, cosine, euclidean
 
 
 def match(
@@ -75,6 +75,52 @@ def match_partition(
     for _ in range(tokens_NxD.ndim - 2):
         plan_one = jax.vmap(plan_one)
     return plan_one(jax.lax.stop_gradient(tokens_NxD))
+
+
+def match_best(
+    tokens_NxD: Float[Array, "*b N D"],
+    key: PRNGKeyArray,
+    ratio: ScalarLike,
+    grid: Grid,
+    *,
+    partitions: int = 16,
+    rounds: Rounds = 2,
+    similarity: Similarity = euclidean,
+) -> tuple[Plan, Key[Array, "*b"]]:
+    """Plan as `match` does on several random partitions and keep, for each picture, what changes it least.
+
+    The receiver needs no more than the chosen key, which a message carries anyhow.
+
+    Args:
+        tokens_NxD: see `match`.
+        key: the partitions' keys are drawn from it.
+        ratio: see `match`.
+        grid: token rows and columns.
+        partitions: to try, one after the other.
+        rounds: see `match`.
+        similarity: see `match`.
+
+    Returns:
+        Each picture's plan and its partition's key, `fold_in(key, i)` for the i-th that was tried.
+
+    Raises:
+        MegError: see `match`.
+    """
+    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(partitions))
+
+    def attempt(key: PRNGKeyArray) -> tuple[Array, Plan]:
+        plan = match(tokens_NxD, key, ratio, grid, rounds=rounds, similarity=similarity)
+        change_NxD = unmerge(merge(tokens_NxD, plan), plan).astype(jnp.float32) - tokens_NxD
+        return jnp.sum(jnp.square(change_NxD), axis=(-2, -1)), plan
+
+    error_Kxb, plan_Kxb = jax.lax.map(attempt, keys)
+    best_b = jnp.argmin(error_Kxb, axis=0)
+
+    def chosen(leaf_Kxb: Array) -> Array:
+        index = best_b.reshape(1, *best_b.shape, *(1,) * (leaf_Kxb.ndim - 1 - best_b.ndim))
+        return jnp.take_along_axis(leaf_Kxb, index, axis=0)[0]
+
+    return jax.tree.map(chosen, plan_Kxb), keys[best_b]
 
 
 def _match_rounds(

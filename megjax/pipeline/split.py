@@ -135,24 +135,19 @@ def send(
         z_BxHxWxC: latents.
         ratio: r, traced: beyond what the rules can merge (15/16; `paper` 0.75) it is clipped.
         psnr_db: of the features, traced; infinite is a perfect channel.
-        rules: `default`: 2 x 2 patches, up to two rounds by Euclidean distance, noise on unit-power symbols.
-            `paper`: strips, one round by cosine, noise of that standard deviation on un-normalised tokens.
+        rules: `default`: 2 x 2 patches, up to two rounds by Euclidean distance on the best of 16 partitions,
+            noise on unit-power symbols. `paper`: strips, one round by cosine on one partition, noise of that
+            standard deviation on un-normalised tokens.
     """
     layout = "patch" if rules == "default" else "strip"
     key_partition, key_noise = jax.random.split(key)
     grid = merging.token_grid(*z_BxHxWxC.shape[1:3])
-    tokens = merging.to_tokens(z_BxHxWxC, layout)
-    rounds = 2 if rules == "default" else 1
-    # Euclidean loses least at equal bits (docs/merging-study.md); Eq. (15) has the cosine.
-    similarity = merging.euclidean if rules == "default" else merging.cosine
-    plan = merging.match(
-        tokens,
-        key_partition,
-        jnp.asarray(ratio, jnp.float32),
-        grid,
-        rounds=rounds,
-        similarity=similarity,
-    )
+    tokens, ratio = merging.to_tokens(z_BxHxWxC, layout), jnp.asarray(ratio, jnp.float32)
+    if rules == "default":
+        # They lose least at equal bits (docs/merging-study.md); Eq. (15) has the cosine, on one partition.
+        plan, _ = merging.match_best(tokens, key_partition, ratio, grid)
+    else:
+        plan = merging.match(tokens, key_partition, ratio, grid, rounds=1)
     received = transmit(key_noise, merging.merge(tokens, plan), psnr_db, plan.count, rules=rules)
     return Received(merging.from_tokens(merging.unmerge(received, plan), grid, layout), plan.count)
 

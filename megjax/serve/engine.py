@@ -231,7 +231,7 @@ def merge(
     def row(z_HxWxC: Array, seed: Array, ratio: Array) -> Merged:
         key = jax.random.split(link_keys(seed)[1])[0]
         tokens = merging.to_tokens(z_HxWxC[None], "patch")[0]
-        plan = merging.match(tokens, key, ratio, grid, similarity=merging.euclidean)
+        plan, key = merging.match_best(tokens, key, ratio, grid)
         return Merged(merging.merge(tokens, plan), plan, jax.random.key_data(key))
 
     return jax.vmap(row)(z_BxHxWxC, seed_B, ratio_B)

@@ -43,7 +43,7 @@ def message(latent):
     def merge(seed, ratio):
         key = jax.random.split(jax.random.split(jax.random.key(seed))[1])[0]
         tokens = merging.to_tokens(latent)[0]
-        plan = merging.match(tokens, key, ratio, GRID, similarity=merging.euclidean)
+        plan, key = merging.match_best(tokens, key, ratio, GRID)
         return merging.merge(tokens, plan), plan, key
 
     @functools.cache

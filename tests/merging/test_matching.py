@@ -15,6 +15,7 @@ from megjax.merging import (
     cosine,
     euclidean,
     match,
+    match_best,
     match_partition,
     merge,
     merged_counts,
@@ -33,6 +34,11 @@ def run(x, key, ratio, grid, rounds=2, similarity=cosine, weighted=True):
 
 
 run_static = jax.jit(run.__wrapped__, static_argnames=("ratio", "grid", "rounds", "similarity", "weighted"))
+
+
+@jax.jit
+def spread(x, plan):
+    return unmerge(merge(x, plan), plan)
 
 
 def tokens(seed, *shape):
@@ -213,3 +219,29 @@ def test_bad_input_is_named():
     batch = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), plan)
     with pytest.raises(MegError, match=r"batch \(\) of tokens for plans of batch \(2,\)"):
         merge(x, batch)
+
+
+@pytest.mark.parametrize("ratio", [0.4, 0.9])
+def test_the_best_partition_is_the_one_of_least_change_for_each_picture(ratio):
+    x, key, grid = tokens(11, 6, 64, 8), jax.random.key(4), (8, 8)
+    plan, chosen = jax.jit(match_best, static_argnums=(2, 3))(x, key, ratio, grid)
+    alone = jax.jit(partial(match, similarity=euclidean), static_argnums=(2, 3))
+    keys = [jax.random.fold_in(key, i) for i in range(16)]
+    changes = [np.square(spread(x, alone(x, key, ratio, grid)) - x).sum((1, 2)) for key in keys]
+    best = np.argmin(changes, axis=0)
+    assert len(set(best)) > 1
+    for picture, i in enumerate(best):
+        assert (chosen[picture] == keys[i]).all()
+        expected = jax.tree.map(lambda leaf, p=picture: leaf[p], alone(x, keys[i], ratio, grid))
+        chex.assert_trees_all_equal(expected, jax.tree.map(lambda leaf, p=picture: leaf[p], plan))
+
+
+def test_one_trace_finds_the_best_partition_at_every_ratio():
+    find = jax.jit(chex.assert_max_traces(match_best, 1), static_argnums=3)
+    x = tokens(12, 2, 64, 8)
+    changes = []
+    for ratio in (0.0, 0.3, 0.6, 0.75, 0.9375):
+        plan, _ = find(x, jax.random.key(0), jnp.float32(ratio), (8, 8))
+        changes.append(float(np.square(spread(x, plan) - x).sum()))
+    assert changes[0] == 0
+    assert changes == sorted(changes)
