@@ -91,14 +91,8 @@ def lloyd(
 
 def best_of(planner: Planner, draws: int, key: PRNGKeyArray, x_NxD: Array, ratio: Array, grid: Grid) -> Plan:
     """Try several partitions and keep the one that changes the tokens least; its number must be sent."""
-
-    def attempt(key: PRNGKeyArray) -> tuple[Array, Plan]:
-        plan = planner(key, x_NxD, ratio, grid)
-        return jnp.sum((merging.unmerge(merging.merge(x_NxD, plan), plan) - x_NxD) ** 2), plan
-
-    error_K, plan_K = jax.vmap(attempt)(jax.random.split(key, draws))
-    best = jnp.argmin(error_K)
-    return jax.tree.map(lambda leaf: leaf[best], plan_K)
+    keys = jax.random.split(key, draws)
+    return merging.least_change(x_NxD, keys, lambda key: planner(key, x_NxD, ratio, grid))[0]
 
 
 def merged(

@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -156,9 +155,8 @@ def fingerprint(folder: Path) -> str:
 
 
 def _write(part: Path, block: Block) -> None:
-    # A name of its own: another run may be filling the same cache.
-    temporary = Path(tempfile.mkdtemp(prefix=f".{part.name}-", dir=part.parent))
-    temporary.chmod(part.parent.stat().st_mode)
+    temporary = _beside(part)
+    temporary.mkdir()
     for name, array in block.arrays.items():
         np.save(temporary / f"{name}.npy", array)
     _write_json(temporary / "broken.json", list(block.broken))
@@ -187,9 +185,14 @@ def _open(folder: Path, parts: list[Path]) -> Cache:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    temporary = _beside(path)
     temporary.write_text(json.dumps(value, indent=1, sort_keys=True, default=str))
     temporary.replace(path)
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name that no other run has, which may be filling the same cache."""
+    return path.with_name(f".{path.name}-{uuid.uuid4().hex}")
 
 
 def _together(what: str) -> None:

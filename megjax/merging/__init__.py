@@ -2,7 +2,7 @@
 
 from megjax.link.counts import Grid, Rounds, merged_counts
 from megjax.merging.layout import Layout, from_tokens, to_tokens, token_grid
-from megjax.merging.matching import match, match_best, match_partition
+from megjax.merging.matching import least_change, match, match_best, match_partition
 from megjax.merging.message import Received, pack, rebuild_plan, unpack
 from megjax.merging.operator import merge, unmerge
 from megjax.merging.partition import Partition, fixed_partition, partition
@@ -22,6 +22,7 @@ __all__ = [
     "euclidean",
     "fixed_partition",
     "from_tokens",
+    "least_change",
     "match",
     "match_best",
     "match_partition",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -15,6 +16,9 @@ from megjax.merging.partition import Partition, fixed_partition, partition
 from megjax.merging.plan import Matches, Plan, build_plan
 from megjax.merging.selection import highest
 from megjax.merging.similarity import Similarity, cosine, euclidean
+
+PARTITIONS = 16
+"""So many random partitions a sender tries (docs/merging-study.md)."""
 
 
 def match(
@@ -78,49 +82,55 @@ def match_partition(
 
 
 def match_best(
-    tokens_NxD: Float[Array, "*b N D"],
-    key: PRNGKeyArray,
-    ratio: ScalarLike,
-    grid: Grid,
-    *,
-    partitions: int = 16,
-    rounds: Rounds = 2,
-    similarity: Similarity = euclidean,
+    tokens_NxD: Float[Array, "*b N D"], key: PRNGKeyArray, ratio: ScalarLike, grid: Grid
 ) -> tuple[Plan, Key[Array, "*b"]]:
-    """Plan as `match` does on several random partitions and keep, for each picture, what changes it least.
+    """Plan as `match` does by Euclidean distance, on the best of 16 random partitions for each picture.
 
     The receiver needs no more than the chosen key, which a message carries anyhow.
 
     Args:
         tokens_NxD: see `match`.
-        key: the partitions' keys are drawn from it.
+        key: the i-th partition's key is `fold_in(key, i)`.
         ratio: see `match`.
         grid: token rows and columns.
-        partitions: to try, one after the other.
-        rounds: see `match`.
-        similarity: see `match`.
 
     Returns:
-        Each picture's plan and its partition's key, `fold_in(key, i)` for the i-th that was tried.
+        Each picture's plan and its partition's key.
 
     Raises:
         MegError: see `match`.
     """
-    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(partitions))
+    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(PARTITIONS))
+    return least_change(
+        tokens_NxD, keys, lambda key: match(tokens_NxD, key, ratio, grid, similarity=euclidean)
+    )
+
+
+def least_change(
+    tokens_NxD: Float[Array, "*b N D"], keys_K: Key[Array, " K"], planner: Callable[[PRNGKeyArray], Plan]
+) -> tuple[Plan, Key[Array, "*b"]]:
+    """Plan with each key in turn; return the plan that changes a picture's tokens least, and its key.
+
+    Args:
+        tokens_NxD: what is merged; leading axes are a batch, of which each picture has its own choice.
+        keys_K: to try.
+        planner: plans these tokens' merge on a key's partition.
+    """
 
     def attempt(key: PRNGKeyArray) -> tuple[Array, Plan]:
-        plan = match(tokens_NxD, key, ratio, grid, rounds=rounds, similarity=similarity)
+        plan = planner(key)
         change_NxD = unmerge(merge(tokens_NxD, plan), plan).astype(jnp.float32) - tokens_NxD
         return jnp.sum(jnp.square(change_NxD), axis=(-2, -1)), plan
 
-    error_Kxb, plan_Kxb = jax.lax.map(attempt, keys)
-    best_b = jnp.argmin(error_Kxb, axis=0)
+    # One after the other, so that the matching's memory does not grow.
+    change_Kxb, plan_Kxb = jax.lax.map(attempt, keys_K)
+    best_b = jnp.argmin(change_Kxb, axis=0)
 
     def chosen(leaf_Kxb: Array) -> Array:
         index = best_b.reshape(1, *best_b.shape, *(1,) * (leaf_Kxb.ndim - 1 - best_b.ndim))
         return jnp.take_along_axis(leaf_Kxb, index, axis=0)[0]
 
-    return jax.tree.map(chosen, plan_Kxb), keys[best_b]
+    return jax.tree.map(chosen, plan_Kxb), keys_K[best_b]
 
 
 def _match_rounds(
