@@ -55,6 +55,8 @@ class DiffuserConfig:
 
     model: str = "tiny"
     """The teacher: an embedded backbone, a folder in diffusers layout or a hub id."""
+    start: Path | None = None
+    """A student's folder to go on from, instead of the teacher's weights."""
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(pictures=16384))
     folder: Path = Path("runs/diffuser")
     """Where checkpoints, logs, sample grids and the student go."""
@@ -89,6 +91,12 @@ class DiffuserConfig:
     """Width of the Huber loss, instead of the squared error."""
     measure: Measure = "output"
     """What errors are measured of: the student's output (the paper's), or its velocity."""
+    scales: tuple[int, ...] = (1,)
+    """Sides of the patches whose mean error is judged: with 4, say, what an area shares weighs more."""
+    window_draws: tuple[int, ...] = ()
+    """Draws of each window, the noisiest first, in proportion; `solve_once` keeps as many trajectories."""
+    start_share: float = 0.0
+    """Of the times that are moved to their window's start, where a sampler of few steps is most often."""
     lora_rank: int = 0
     """Train factors of this rank in place of the weights: no second U-Net in memory nor in the state."""
     lora_scale: float = 1.0
@@ -186,6 +194,9 @@ def distillation_loss(config: DiffuserConfig, pipeline: Pipeline, student: Netwo
         "text_drop": config.text_drop,
         "huber": config.huber,
         "measure": config.measure,
+        "scales": config.scales,
+        "draws": config.window_draws,
+        "start_share": config.start_share,
     }
     if config.solve_once:
         solved = solved_loss(student, pipeline.schedule, **common)
@@ -228,7 +239,7 @@ def train_diffuser(config: DiffuserConfig) -> Path:
     the teacher, makes a few-step model of any fine-tune (`megjax.distill.export.add_delta`).
 
     Raises:
-        MegError: see `fit`, `open_pictures` and `cached`.
+        MegError: see `fit`, `open_pictures` and `cached`; `start` with LoRA, or with other weights.
     """
     mesh = make_mesh(config.replicas, config.fsdp, config.tensor)
     pipeline = load_pipeline(config.model, Options(config.dtype, config.dtype, attention=config.attention))
@@ -242,13 +253,15 @@ def train_diffuser(config: DiffuserConfig) -> Path:
         rows = _solved(config, pipeline, rows)
     program = distillation(config, pipeline)
     key_init, key_run = jax.random.split(jax.random.key(config.seed))
-    teacher = place(pipeline.params["unet"], param_shardings(pipeline.unet.shapes, mesh))
+    shares = param_shardings(pipeline.unet.shapes, mesh)
+    teacher = place(pipeline.params["unet"], shares)
+    first = teacher if config.start is None else place(_started(config.start, config, pipeline), shares)
     shardings = state_shardings(program.state, mesh, offload_ema=config.offload_ema)
     with jax.set_mesh(mesh):
         start = jax.jit(
             lambda key, params: init_state(program.init(key, params), program.optimizer),
             out_shardings=shardings,
-        )(place_key(key_init, mesh), teacher)
+        )(place_key(key_init, mesh), first)
     empty = jax.tree.map(np.asarray, _empty(pipeline))
     frozen = {"teacher": teacher, "empty": place(empty, jax.tree.map(lambda _: replicated(mesh), empty))}
     batches = shuffled_batches(rows.first(len(rows) - config.held_out), config.batch, config.seed)
@@ -272,6 +285,12 @@ def train_diffuser(config: DiffuserConfig) -> Path:
         tensorboard=config.tensorboard,
     )
     return _export(config, pipeline, program.student(_on_device(config, state.ema, mesh), teacher), teacher)
+
+
+def _started(folder: Path, config: DiffuserConfig, pipeline: Pipeline) -> Params:
+    if config.lora_rank:
+        raise MegError(f"--start {folder}: factors start from the teacher's weights; leave --lora-rank out")
+    return weights.load(folder, pipeline.unet.shapes, dtype=jnp.float32)
 
 
 def _on_device(config: DiffuserConfig, ema: Params, mesh: Mesh) -> Params:
@@ -301,6 +320,7 @@ def _solved(config: DiffuserConfig, pipeline: Pipeline, rows: Cache) -> Cache:
             config.encode_batch,
             guidance=config.guidance,
             windows=config.windows,
+            draws=config.window_draws,
             solver_steps=config.solver_steps,
             seed=config.seed,
             progress=progress,

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
@@ -21,6 +22,7 @@ from megjax.diffusion.perflow import (
     window_edges,
     window_gains,
 )
+from megjax.errors import MegError
 from megjax.models import Params
 from megjax.training.step import Loss, Metrics
 
@@ -29,6 +31,22 @@ GRID = 200
 
 Measure: TypeAlias = Literal["output", "velocity"]
 """What errors are measured of: the student's output, Eq. (12), or the velocity it stands for, Eq. (11)."""
+
+
+class Times(NamedTuple):
+    """Where in its trajectory each latent of a batch is judged.
+
+    Args:
+        t_B: timesteps, 1000 t.
+        start_B: s of their windows.
+        end_B: e.
+        trajectory_B: which of the trajectories of `solved_windows`.
+    """
+
+    t_B: Int[Array, B]
+    start_B: Int[Array, B]
+    end_B: Int[Array, B]
+    trajectory_B: Int[Array, B]
 
 
 class Target(NamedTuple):
@@ -78,28 +96,61 @@ class Batch(NamedTuple):
 
 
 class Solved(NamedTuple):
-    """What a step of `solved_loss` reads: every window of each example, the noisiest first.
+    """What a step of `solved_loss` reads: trajectories through windows of each example, the noisiest first.
 
     Args:
-        z_s_BxKxHxWxC: the windows' noisy ends.
-        z_e_BxKxHxWxC: where the teacher's solver took them.
+        z_s_BxJxHxWxC: their noisy ends.
+        z_e_BxJxHxWxC: where the teacher's solver took them.
         prompt: the captions' conditioning.
         empty: the empty prompt's.
     """
 
-    z_s_BxKxHxWxC: Float[Array, "B K H W C"]
-    z_e_BxKxHxWxC: Float[Array, "B K H W C"]
+    z_s_BxJxHxWxC: Float[Array, "B J H W C"]
+    z_e_BxJxHxWxC: Float[Array, "B J H W C"]
     prompt: Conditioning
     empty: Conditioning
 
 
+def trajectory_windows(windows: int = WINDOWS, draws: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """The window of each of an example's trajectories, 0 the noisiest: K windows, the k-th draws[k] times.
+
+    Raises:
+        MegError: another number of draws than of windows, or one below 1.
+    """
+    draws = draws or (1,) * windows
+    if len(draws) != windows or min(draws) < 1:
+        raise MegError(f"window_draws {draws}: one number from 1 up for each of the {windows} windows")
+    return tuple(int(k) for k in np.repeat(np.arange(windows), draws))
+
+
 def draw_times(
-    key: Key[Array, ""], batch: int, sched: Schedule, windows: int = WINDOWS
-) -> tuple[Int[Array, B], Int[Array, B], Int[Array, B]]:
-    """t = 1 - floor(200 u)/200 with u ~ U[0, 1), and its window (e, s], all as whole timesteps (t, s, e)."""
+    key: Key[Array, ""],
+    batch: int,
+    sched: Schedule,
+    windows: int = WINDOWS,
+    draws: tuple[int, ...] = (),
+    start_share: float = 0.0,
+) -> Times:
+    """t = 1 - floor(200 u)/200 with u ~ U[0, 1), and its window (e, s], all as whole timesteps.
+
+    Args:
+        key: of the times.
+        batch: how many.
+        sched: the schedule.
+        windows: K.
+        draws: see `trajectory_windows`; windows are drawn in these proportions, evenly if it is empty.
+        start_share: of the times that are moved to their window's start s.
+    """
     S = len(sched.abar)
-    t_B = S - jnp.floor(GRID * jax.random.uniform(key, (batch,))).astype(jnp.int32) * S // GRID
-    return t_B, *window_edges(sched, t_B, windows)
+    key_u, key_start = jax.random.split(key)
+    window_J = jnp.array(trajectory_windows(windows, draws))
+    place_B = len(window_J) * jax.random.uniform(key_u, (batch,))
+    trajectory_B = place_B.astype(jnp.int32)
+    u_B = (window_J[trajectory_B] + place_B - trajectory_B) / windows
+    t_B = S - jnp.floor(GRID * u_B).astype(jnp.int32) * S // GRID
+    start_B, end_B = window_edges(sched, t_B, windows)
+    first_B = jax.random.bernoulli(key_start, start_share, (batch,))
+    return Times(jnp.where(first_B, start_B, t_B), start_B, end_B, trajectory_B)
 
 
 def solve_window(
@@ -182,6 +233,8 @@ def window_target(
     windows: int = WINDOWS,
     solver_steps: int = 10,
     kind: Parametrisation = "ddim_eps",
+    draws: tuple[int, ...] = (),
+    start_share: float = 0.0,
 ) -> Target:
     """Draw times, solve their windows with the teacher and return the student's targets, Eqs. (10), (12).
 
@@ -193,23 +246,44 @@ def window_target(
         windows: K.
         solver_steps: S of the teacher's solver inside a window.
         kind: what the student predicts.
+        draws: see `draw_times`.
+        start_share: likewise.
     """
     key_t, key_noise = jax.random.split(key)
-    t_B, start_B, end_B = draw_times(key_t, len(z0_BxHxWxC), sched, windows)
+    times = draw_times(key_t, len(z0_BxHxWxC), sched, windows, draws, start_share)
     noise = jax.random.normal(key_noise, z0_BxHxWxC.shape)
-    pairs = draw_pairs(noise, z0_BxHxWxC, teacher, sched, start_B, end_B, solver_steps)
-    return chord_target(jax.lax.stop_gradient(pairs), t_B, sched, kind)
+    pairs = draw_pairs(noise, z0_BxHxWxC, teacher, sched, times.start_B, times.end_B, solver_steps)
+    return chord_target(jax.lax.stop_gradient(pairs), times.t_B, sched, kind)
 
 
 def regression(
     prediction_BxHxWxC: Float[Array, "B H W C"],
     target_BxHxWxC: Float[Array, "B H W C"],
     huber: float | None = None,
+    scales: tuple[int, ...] = (1,),
 ) -> Float[Array, B]:
-    """Each latent's mean squared error in float32, or its mean Huber loss of width `huber`."""
+    """Each latent's mean squared error in float32, or its mean Huber loss of width `huber`.
+
+    Args:
+        prediction_BxHxWxC: what is.
+        target_BxHxWxC: what should be.
+        huber: width; None is the squared error.
+        scales: sides k of the patches whose mean error is judged, each scale times k^2: white errors weigh
+            alike at all of them, and what a whole patch shares up to the sum of all k^2.
+
+    Raises:
+        MegError: a side that the latent's sides are no multiples of.
+    """
     error = prediction_BxHxWxC.astype(jnp.float32) - target_BxHxWxC.astype(jnp.float32)
-    loss = jnp.square(error) if huber is None else 2.0 * optax.losses.huber_loss(error, delta=huber)
-    return jnp.mean(loss, axis=(1, 2, 3))
+    B, H, W, C = error.shape
+    losses = []
+    for k in scales:
+        if k < 1 or H % k or W % k:
+            raise MegError(f"scale {k} of latents of {H} x {W}: both sides must be multiples of it")
+        means = jnp.mean(error.reshape(B, H // k, k, W // k, k, C), axis=(2, 4))
+        loss = jnp.square(means) if huber is None else 2.0 * optax.losses.huber_loss(means, delta=huber)
+        losses.append(k**2 * jnp.mean(loss, axis=(1, 2, 3)))
+    return jnp.mean(jnp.stack(losses), axis=0)
 
 
 def student_errors(
@@ -221,6 +295,7 @@ def student_errors(
     windows: int = WINDOWS,
     huber: float | None = None,
     measure: Measure = "output",
+    scales: tuple[int, ...] = (1,),
 ) -> Float[Array, B]:
     """Each latent's distance from its target.
 
@@ -236,13 +311,14 @@ def student_errors(
         windows: K.
         huber: see `regression`.
         measure: `output` or `velocity`.
+        scales: see `regression`.
     """
     wanted = target.target_BxHxWxC
     if measure == "velocity":
         output_BxHxWxC, wanted = (
             velocity(sched, x, target.z_BxHxWxC, target.t_B, kind, windows) for x in (output_BxHxWxC, wanted)
         )
-    return regression(output_BxHxWxC, wanted, huber)
+    return regression(output_BxHxWxC, wanted, huber, scales)
 
 
 def drop_text(key: Key[Array, ""], prompt: Conditioning, empty: Conditioning, rate: float) -> Conditioning:
@@ -266,6 +342,9 @@ def perflow_loss(
     text_drop: float = 0.1,
     huber: float | None = None,
     measure: Measure = "output",
+    scales: tuple[int, ...] = (1,),
+    draws: tuple[int, ...] = (),
+    start_share: float = 0.0,
     teacher_unet: UNetCall | None = None,
 ) -> Loss:
     """Eq. (12): the student at z_t against the teacher's chord; the teacher always has the full text and CFG.
@@ -280,6 +359,9 @@ def perflow_loss(
         text_drop: probability of the empty prompt.
         huber: width of the Huber loss; None is the squared error.
         measure: see `student_errors`.
+        scales: see `regression`.
+        draws: see `draw_times`.
+        start_share: likewise.
         teacher_unet: the teacher's graph where its options differ (no rematerialisation, say).
 
     Returns:
@@ -287,7 +369,15 @@ def perflow_loss(
         mean, the teacher-consistency error; 0 where a batch has none of its times.
     """
 
-    errors = partial(student_errors, sched=sched, kind=kind, windows=windows, huber=huber, measure=measure)
+    errors = partial(
+        student_errors,
+        sched=sched,
+        kind=kind,
+        windows=windows,
+        huber=huber,
+        measure=measure,
+        scales=scales,
+    )
 
     def loss(params: Any, key: Key[Array, ""], batch: Batch) -> tuple[Float[Array, ""], Metrics]:
         key_target, key_drop = jax.random.split(key)
@@ -300,6 +390,8 @@ def perflow_loss(
             windows=windows,
             solver_steps=solver_steps,
             kind=kind,
+            draws=draws,
+            start_share=start_share,
         )
         prompt = drop_text(key_drop, batch.prompt, batch.empty, text_drop)
         output = conditioned(unet, params, prompt)(target.z_BxHxWxC, target.t_B)
@@ -318,6 +410,9 @@ def solved_loss(
     text_drop: float = 0.1,
     huber: float | None = None,
     measure: Measure = "output",
+    scales: tuple[int, ...] = (1,),
+    draws: tuple[int, ...] = (),
+    start_share: float = 0.0,
 ) -> Loss:
     """Eq. (12) on windows that the teacher has solved before: a step costs one call of the student.
 
@@ -331,21 +426,31 @@ def solved_loss(
         text_drop: probability of the empty prompt.
         huber: width of the Huber loss; None is the squared error.
         measure: see `student_errors`.
+        scales: see `regression`.
+        draws: as in `solved_windows`.
+        start_share: see `draw_times`.
 
     Returns:
         A loss over `Solved`, with the metrics of `perflow_loss`.
     """
 
-    errors = partial(student_errors, sched=sched, kind=kind, windows=windows, huber=huber, measure=measure)
+    errors = partial(
+        student_errors,
+        sched=sched,
+        kind=kind,
+        windows=windows,
+        huber=huber,
+        measure=measure,
+        scales=scales,
+    )
 
     def loss(params: Any, key: Key[Array, ""], batch: Solved) -> tuple[Float[Array, ""], Metrics]:
         key_t, key_drop = jax.random.split(key)
-        B, S = len(batch.z_s_BxKxHxWxC), len(sched.abar)
-        t_B, start_B, end_B = draw_times(key_t, B, sched, windows)
-        number_B = windows - start_B * windows // S
+        B = len(batch.z_s_BxJxHxWxC)
+        t_B, start_B, end_B, trajectory_B = draw_times(key_t, B, sched, windows, draws, start_share)
         z_s, z_e = (
-            jnp.take_along_axis(z, number_B[:, None, None, None, None], axis=1)[:, 0].astype(jnp.float32)
-            for z in (batch.z_s_BxKxHxWxC, batch.z_e_BxKxHxWxC)
+            jnp.take_along_axis(z, trajectory_B[:, None, None, None, None], axis=1)[:, 0].astype(jnp.float32)
+            for z in (batch.z_s_BxJxHxWxC, batch.z_e_BxJxHxWxC)
         )
         target = chord_target(Pairs(z_s, z_e, start_B, end_B), t_B, sched, kind)
         prompt = drop_text(key_drop, batch.prompt, batch.empty, text_drop)

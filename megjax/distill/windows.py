@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from megjax.diffusion import Conditioning, guided
 from megjax.distill.cache import Block, Cache, cached
-from megjax.distill.perflow import draw_pairs
+from megjax.distill.perflow import draw_pairs, trajectory_windows
 from megjax.models import time_ids
 from megjax.pipeline.load import Pipeline
 
@@ -28,11 +28,12 @@ def solved_windows(
     *,
     guidance: float,
     windows: int,
+    draws: tuple[int, ...],
     solver_steps: int,
     seed: int,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Cache:
-    """Rows of `z_s` and `z_e` (K, H, W, C), the noisiest window first, beside those of `encoded_pictures`.
+    """Rows of `z_s` and `z_e` (J, H, W, C), the noisiest window first, beside those of `encoded_pictures`.
 
     Args:
         pipeline: whose U-Net is the teacher.
@@ -43,11 +44,13 @@ def solved_windows(
         batch: examples at a time.
         guidance: of the teacher's solver.
         windows: K.
+        draws: trajectories through each window, see `trajectory_windows`.
         solver_steps: S.
-        seed: of the noise; each example and window has its own.
+        seed: of the noise; each trajectory has its own.
         progress: told the examples done.
     """
     S, side = len(pipeline.schedule.abar), pipeline.image_size
+    window_J = jnp.array(trajectory_windows(windows, draws))
 
     @jax.jit
     def solve(params: Any, numbers: Array, z0: Array, text: Array, pooled: Array) -> tuple[Array, Array]:
@@ -58,14 +61,14 @@ def solved_windows(
         teacher = guided(pipeline.unet, params, prompt, no_prompt, guidance)
         keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(seed), n))(numbers)
 
-        def window(k: Array) -> tuple[Array, Array]:
-            start, end = (jnp.full(B, (windows - i) * S // windows) for i in (k, k + 1))
-            one_key = jax.vmap(lambda key: jax.random.fold_in(key, k))(keys)
+        def trajectory(j: Array) -> tuple[Array, Array]:
+            start, end = (jnp.full(B, (windows - window_J[j] - i) * S // windows) for i in (0, 1))
+            one_key = jax.vmap(lambda key: jax.random.fold_in(key, j))(keys)
             noise = jax.vmap(lambda key: jax.random.normal(key, z0.shape[1:]))(one_key)
             pairs = draw_pairs(noise, z0, teacher, pipeline.schedule, start, end, solver_steps)
             return pairs.z_s_BxHxWxC, pairs.z_e_BxHxWxC
 
-        z_s, z_e = jax.lax.map(window, jnp.arange(windows))
+        z_s, z_e = jax.lax.map(trajectory, jnp.arange(len(window_J)))
         return z_s.swapaxes(0, 1), z_e.swapaxes(0, 1)
 
     def compute(start: int, stop: int) -> Block:
@@ -86,6 +89,7 @@ def solved_windows(
         "kind": "windows",
         "guidance": guidance,
         "windows": windows,
+        "draws": draws,
         "solver_steps": solver_steps,
         "seed": seed,
     }

@@ -18,8 +18,10 @@ from megjax.distill.perflow import (
     draw_pairs,
     draw_times,
     perflow_loss,
+    regression,
     solved_loss,
     student_errors,
+    trajectory_windows,
     window_target,
 )
 from megjax.errors import MegError
@@ -96,11 +98,47 @@ def test_targets_on_gaussian_data(kind):
 
 
 def test_times_lie_on_the_grid_and_in_their_windows():
-    t_B, start_B, end_B = (np.asarray(x) for x in draw_times(jax.random.key(0), 4096, SCHED))
+    t_B, start_B, end_B, window_B = (np.asarray(x) for x in draw_times(jax.random.key(0), 4096, SCHED))
+    assert np.all(start_B == 1000 - 250 * window_B)
     assert set(t_B) == set(range(5, 1001, 5))
     assert np.all((end_B < t_B) & (t_B <= start_B))
     assert set(start_B) == {250, 500, 750, 1000}
     assert np.all(start_B - end_B == 250)
+
+
+def test_windows_are_drawn_in_the_proportions_asked_for_and_times_moved_to_their_start():
+    count = 16384
+    times = draw_times(jax.random.key(0), count, SCHED, draws=(5, 1, 1, 1), start_share=0.5)
+    t_B, start_B, end_B, trajectory_B = (np.asarray(x) for x in times)
+    windows = np.array([0, 0, 0, 0, 0, 1, 2, 3])
+    assert trajectory_windows(draws=(5, 1, 1, 1)) == tuple(windows)
+    np.testing.assert_array_equal(start_B, 1000 - 250 * windows[trajectory_B])
+    assert np.all((end_B < t_B) & (t_B <= start_B))
+    # Of a binomial share p, five standard errors.
+    for share, wanted in [
+        *((np.mean(trajectory_B == j), 1 / 8) for j in range(8)),
+        (np.mean(t_B == start_B), 0.5 + 0.5 / 50),
+    ]:
+        assert abs(share - wanted) < 5 * np.sqrt(wanted * (1 - wanted) / count)
+
+
+@pytest.mark.parametrize("draws", [(1, 1), (5, 1, 1, 0)])
+def test_draws_that_do_not_fit_the_windows_are_refused(draws):
+    with pytest.raises(MegError, match="for each of the 4 windows"):
+        draw_times(jax.random.key(0), 4, SCHED, draws=draws)
+
+
+def test_scales_weigh_white_errors_alike_and_what_a_patch_shares_by_its_area():
+    white = jax.random.normal(jax.random.key(0), (64, 16, 16, 4))
+    of_white = [float(jnp.mean(regression(white, jnp.zeros_like(white), scales=(k,)))) for k in (1, 2, 4, 16)]
+    # 256 values at scale 16 are the fewest: five standard errors of their mean square.
+    np.testing.assert_allclose(of_white, 1.0, atol=5 * np.sqrt(2 / 256))
+    shared = jnp.ones((3, 16, 16, 4))
+    np.testing.assert_allclose(regression(shared, 0 * shared, scales=(1, 2, 4)), (1 + 4 + 16) / 3, rtol=1e-6)
+    within = jnp.tile(jnp.array([[1.0, -1.0], [-1.0, 1.0]])[None, :, :, None], (1, 8, 8, 4))
+    np.testing.assert_allclose(regression(within, 0 * within, scales=(1, 2, 4)), 1 / 3, rtol=1e-6)
+    with pytest.raises(MegError, match="scale 3 of latents of 16 x 16"):
+        regression(white, white, scales=(3,))
 
 
 def linear_student(kind, factors, sched):
@@ -187,7 +225,8 @@ def test_loss_is_the_mean_of_its_windows_and_drops_text():
     batch = toy_batch(256)
     params = {"w": jnp.array(0.4), "b": jnp.array(0.1)}
     value, metrics = perflow_loss(toy_unet, SCHED, text_drop=0.0)(params, jax.random.key(0), batch)
-    _, start_B, _ = draw_times(jax.random.split(jax.random.split(jax.random.key(0))[0])[0], 256, SCHED)
+    key_t = jax.random.split(jax.random.split(jax.random.key(0))[0])[0]
+    start_B = draw_times(key_t, 256, SCHED).start_B
     share = [float(np.mean(np.asarray(start_B) == start)) for start in (1000, 750, 500, 250)]
     windows = [float(metrics[f"window_{k}"]) for k in range(4)]
     assert float(value) == pytest.approx(np.dot(share, windows), rel=1e-5)
@@ -215,6 +254,12 @@ def test_solved_windows_teach_what_solving_in_the_step_teaches():
     before, metrics = solved_loss(toy_unet, SCHED)(params, jax.random.key(0), solved)
     within, others = perflow_loss(toy_unet, SCHED)(params, jax.random.key(0), batch)
     assert float(before) == pytest.approx(float(within), rel=0.1)
+    for name, value in others.items():
+        assert float(metrics[name]) == pytest.approx(float(value), rel=0.2)
+    more = (2, 1, 1, 1)
+    of_more = jnp.array(trajectory_windows(draws=more))
+    solved = solved._replace(z_s_BxJxHxWxC=z_s[:, of_more], z_e_BxJxHxWxC=z_e[:, of_more])
+    _, metrics = solved_loss(toy_unet, SCHED, draws=more)(params, jax.random.key(1), solved)
     for name, value in others.items():
         assert float(metrics[name]) == pytest.approx(float(value), rel=0.2)
 

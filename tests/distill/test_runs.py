@@ -12,6 +12,7 @@ from configs import distill_decoder, distill_diffuser
 from megjax.distill.decoder_run import load_decoder, train_decoder
 from megjax.distill.diffuser import train_diffuser
 from megjax.distill.export import add_delta
+from megjax.errors import MegError
 from megjax.pipeline import Request, generate, load_pipeline
 from megjax.weights import load
 from tests.small import save_random
@@ -49,6 +50,19 @@ def test_a_student_is_distilled_resumed_and_used(tmp_path, backbone, fields):
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(pipeline.params["student"]), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-3 * float(np.abs(b).max()))
     assert np.isfinite(generate(pipeline, Request("a red circle", steps=4)).image_HxWx3).all()
+
+
+def test_a_student_starts_from_another(tmp_path, backbone):
+    fields = {"solve_once": True, "window_draws": (2, 1, 1, 1), "start_share": 0.5, "scales": (1, 2)}
+    first, _ = presets(distill_diffuser, tmp_path / "run", backbone, **fields)
+    trained = load_pipeline(train_diffuser(first))
+    on = dataclasses.replace(
+        first, folder=tmp_path / "on", start=first.folder / "unet_student", learning_rate=0.0
+    )
+    same = load_pipeline(train_diffuser(on))
+    jax.tree.map(np.testing.assert_array_equal, same.params["student"], trained.params["student"])
+    with pytest.raises(MegError, match="factors start from the teacher"):
+        train_diffuser(dataclasses.replace(on, folder=tmp_path / "lora", lora_rank=2))
 
 
 @pytest.mark.parametrize("method", ["meg", "pruning"])
