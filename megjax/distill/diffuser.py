@@ -86,6 +86,8 @@ class DiffuserConfig:
     """Solve each example's windows once, before the first step, and keep both ends."""
     guidance: float = 7.5
     """Of the teacher's solver and of its pictures in the sample grid."""
+    pure_noise: bool = False
+    """Start the noisiest window from noise alone, as samplers do, instead of Eq. (10)'s noisy latents."""
     text_drop: float = 0.1
     huber: float | None = None
     """Width of the Huber loss, instead of the squared error."""
@@ -212,6 +214,7 @@ def distillation_loss(config: DiffuserConfig, pipeline: Pipeline, student: Netwo
         pipeline.schedule,
         guidance=config.guidance,
         solver_steps=config.solver_steps,
+        pure_noise=config.pure_noise,
         teacher_unet=pipeline.unet,
         **common,
     )
@@ -321,6 +324,7 @@ def _solved(config: DiffuserConfig, pipeline: Pipeline, rows: Cache) -> Cache:
             guidance=config.guidance,
             windows=config.windows,
             draws=config.window_draws,
+            pure_noise=config.pure_noise,
             solver_steps=config.solver_steps,
             seed=config.seed,
             progress=progress,

@@ -193,9 +193,28 @@ def draw_pairs(
     start_B: Int[Array, B],
     end_B: Int[Array, B],
     solver_steps: int = 10,
+    pure_noise: bool = False,
 ) -> Pairs:
-    """Noise latents to each window's start, Eq. (10), and let the teacher solve to its end."""
-    abar_s = signal_power(sched, start_B)[:, None, None, None]
+    """Noise latents to each window's start, Eq. (10), and let the teacher solve to its end.
+
+    SDXL's schedule ends at abar = 0.0047, not 0: Eq. (10) leaves of z_0 in the noisiest start what tells a
+    picture's mean tone, and the student learns to read it there. A sampler starts from noise alone, whose own
+    mean then passes for a tone.
+
+    Args:
+        noise_BxHxWxC: n.
+        z0_BxHxWxC: normalised latents.
+        teacher: the frozen noise predictor, guidance included.
+        sched: the schedule.
+        start_B: s, timesteps.
+        end_B: e, timesteps.
+        solver_steps: S.
+        pure_noise: start the noisiest window from n, as a sampler does.
+    """
+    abar_B = signal_power(sched, start_B)
+    if pure_noise:
+        abar_B = jnp.where(start_B == len(sched.abar), 0.0, abar_B)
+    abar_s = abar_B[:, None, None, None]
     z_s = jnp.sqrt(abar_s) * z0_BxHxWxC + jnp.sqrt(1 - abar_s) * noise_BxHxWxC
     return Pairs(z_s, solve_window(teacher, z_s, start_B, end_B, sched, solver_steps), start_B, end_B)
 
@@ -235,6 +254,7 @@ def window_target(
     kind: Parametrisation = "ddim_eps",
     draws: tuple[int, ...] = (),
     start_share: float = 0.0,
+    pure_noise: bool = False,
 ) -> Target:
     """Draw times, solve their windows with the teacher and return the student's targets, Eqs. (10), (12).
 
@@ -248,11 +268,14 @@ def window_target(
         kind: what the student predicts.
         draws: see `draw_times`.
         start_share: likewise.
+        pure_noise: see `draw_pairs`.
     """
     key_t, key_noise = jax.random.split(key)
     times = draw_times(key_t, len(z0_BxHxWxC), sched, windows, draws, start_share)
     noise = jax.random.normal(key_noise, z0_BxHxWxC.shape)
-    pairs = draw_pairs(noise, z0_BxHxWxC, teacher, sched, times.start_B, times.end_B, solver_steps)
+    pairs = draw_pairs(
+        noise, z0_BxHxWxC, teacher, sched, times.start_B, times.end_B, solver_steps, pure_noise
+    )
     return chord_target(jax.lax.stop_gradient(pairs), times.t_B, sched, kind)
 
 
@@ -345,6 +368,7 @@ def perflow_loss(
     scales: tuple[int, ...] = (1,),
     draws: tuple[int, ...] = (),
     start_share: float = 0.0,
+    pure_noise: bool = False,
     teacher_unet: UNetCall | None = None,
 ) -> Loss:
     """Eq. (12): the student at z_t against the teacher's chord; the teacher always has the full text and CFG.
@@ -362,6 +386,7 @@ def perflow_loss(
         scales: see `regression`.
         draws: see `draw_times`.
         start_share: likewise.
+        pure_noise: see `draw_pairs`.
         teacher_unet: the teacher's graph where its options differ (no rematerialisation, say).
 
     Returns:
@@ -392,6 +417,7 @@ def perflow_loss(
             kind=kind,
             draws=draws,
             start_share=start_share,
+            pure_noise=pure_noise,
         )
         prompt = drop_text(key_drop, batch.prompt, batch.empty, text_drop)
         output = conditioned(unet, params, prompt)(target.z_BxHxWxC, target.t_B)

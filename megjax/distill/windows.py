@@ -29,6 +29,7 @@ def solved_windows(
     guidance: float,
     windows: int,
     draws: tuple[int, ...],
+    pure_noise: bool,
     solver_steps: int,
     seed: int,
     progress: Callable[[int], None] = lambda _: None,
@@ -45,6 +46,7 @@ def solved_windows(
         guidance: of the teacher's solver.
         windows: K.
         draws: trajectories through each window, see `trajectory_windows`.
+        pure_noise: see `draw_pairs`.
         solver_steps: S.
         seed: of the noise; each trajectory has its own.
         progress: told the examples done.
@@ -65,7 +67,7 @@ def solved_windows(
             start, end = (jnp.full(B, (windows - window_J[j] - i) * S // windows) for i in (0, 1))
             one_key = jax.vmap(lambda key: jax.random.fold_in(key, j))(keys)
             noise = jax.vmap(lambda key: jax.random.normal(key, z0.shape[1:]))(one_key)
-            pairs = draw_pairs(noise, z0, teacher, pipeline.schedule, start, end, solver_steps)
+            pairs = draw_pairs(noise, z0, teacher, pipeline.schedule, start, end, solver_steps, pure_noise)
             return pairs.z_s_BxHxWxC, pairs.z_e_BxHxWxC
 
         z_s, z_e = jax.lax.map(trajectory, jnp.arange(len(window_J)))
@@ -90,6 +92,7 @@ def solved_windows(
         "guidance": guidance,
         "windows": windows,
         "draws": draws,
+        "pure_noise": pure_noise,
         "solver_steps": solver_steps,
         "seed": seed,
     }

@@ -141,6 +141,21 @@ def test_scales_weigh_white_errors_alike_and_what_a_patch_shares_by_its_area():
         regression(white, white, scales=(3,))
 
 
+def test_pure_noise_is_where_the_noisiest_window_starts_and_no_other():
+    noise, z0 = jax.random.normal(jax.random.key(0), (2, 4, 2, 2, 1))
+    start = jnp.array([1000, 750, 500, 250])
+    pure, noised = (
+        draw_pairs(noise, z0, gaussian_noise, SCHED, start, start - 250, pure_noise=pure)
+        for pure in (True, False)
+    )
+    np.testing.assert_array_equal(pure.z_s_BxHxWxC[0], noise[0])
+    np.testing.assert_array_equal(pure.z_s_BxHxWxC[1:], noised.z_s_BxHxWxC[1:])
+    left = np.asarray(noised.z_s_BxHxWxC[0] - np.sqrt(1 - SCHED.abar[-1]) * noise[0])
+    np.testing.assert_allclose(left, np.sqrt(SCHED.abar[-1]) * z0[0], atol=1e-6)
+    factor = ddim_factor(np.asarray(SCHED.abar, np.float64), 1000, 750, 10)
+    np.testing.assert_allclose(pure.z_e_BxHxWxC[0], factor * noise[0], rtol=1e-4)
+
+
 def linear_student(kind, factors, sched):
     """A student whose flow multiplies each window's start by a factor, along a straight line."""
 
