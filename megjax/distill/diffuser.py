@@ -93,8 +93,6 @@ class DiffuserConfig:
     """Width of the Huber loss, instead of the squared error."""
     measure: Measure = "output"
     """What errors are measured of: the student's output (the paper's), or its velocity."""
-    scales: tuple[int, ...] = (1,)
-    """Sides of the patches whose mean error is judged: with 4, say, what an area shares weighs more."""
     window_draws: tuple[int, ...] = ()
     """Draws of each window, the noisiest first, in proportion; `solve_once` keeps as many trajectories."""
     start_share: float = 0.0
@@ -196,7 +194,6 @@ def distillation_loss(config: DiffuserConfig, pipeline: Pipeline, student: Netwo
         "text_drop": config.text_drop,
         "huber": config.huber,
         "measure": config.measure,
-        "scales": config.scales,
         "draws": config.window_draws,
         "start_share": config.start_share,
     }

@@ -283,30 +283,11 @@ def regression(
     prediction_BxHxWxC: Float[Array, "B H W C"],
     target_BxHxWxC: Float[Array, "B H W C"],
     huber: float | None = None,
-    scales: tuple[int, ...] = (1,),
 ) -> Float[Array, B]:
-    """Each latent's mean squared error in float32, or its mean Huber loss of width `huber`.
-
-    Args:
-        prediction_BxHxWxC: what is.
-        target_BxHxWxC: what should be.
-        huber: width; None is the squared error.
-        scales: sides k of the patches whose mean error is judged, each scale times k^2: white errors weigh
-            alike at all of them, and what a whole patch shares up to the sum of all k^2.
-
-    Raises:
-        MegError: a side that the latent's sides are no multiples of.
-    """
+    """Each latent's mean squared error in float32, or its mean Huber loss of width `huber`."""
     error = prediction_BxHxWxC.astype(jnp.float32) - target_BxHxWxC.astype(jnp.float32)
-    B, H, W, C = error.shape
-    losses = []
-    for k in scales:
-        if k < 1 or H % k or W % k:
-            raise MegError(f"scale {k} of latents of {H} x {W}: both sides must be multiples of it")
-        means = jnp.mean(error.reshape(B, H // k, k, W // k, k, C), axis=(2, 4))
-        loss = jnp.square(means) if huber is None else 2.0 * optax.losses.huber_loss(means, delta=huber)
-        losses.append(k**2 * jnp.mean(loss, axis=(1, 2, 3)))
-    return jnp.mean(jnp.stack(losses), axis=0)
+    loss = jnp.square(error) if huber is None else 2.0 * optax.losses.huber_loss(error, delta=huber)
+    return jnp.mean(loss, axis=(1, 2, 3))
 
 
 def student_errors(
@@ -318,7 +299,6 @@ def student_errors(
     windows: int = WINDOWS,
     huber: float | None = None,
     measure: Measure = "output",
-    scales: tuple[int, ...] = (1,),
 ) -> Float[Array, B]:
     """Each latent's distance from its target.
 
@@ -334,14 +314,13 @@ def student_errors(
         windows: K.
         huber: see `regression`.
         measure: `output` or `velocity`.
-        scales: see `regression`.
     """
     wanted = target.target_BxHxWxC
     if measure == "velocity":
         output_BxHxWxC, wanted = (
             velocity(sched, x, target.z_BxHxWxC, target.t_B, kind, windows) for x in (output_BxHxWxC, wanted)
         )
-    return regression(output_BxHxWxC, wanted, huber, scales)
+    return regression(output_BxHxWxC, wanted, huber)
 
 
 def drop_text(key: Key[Array, ""], prompt: Conditioning, empty: Conditioning, rate: float) -> Conditioning:
@@ -365,7 +344,6 @@ def perflow_loss(
     text_drop: float = 0.1,
     huber: float | None = None,
     measure: Measure = "output",
-    scales: tuple[int, ...] = (1,),
     draws: tuple[int, ...] = (),
     start_share: float = 0.0,
     pure_noise: bool = False,
@@ -383,7 +361,6 @@ def perflow_loss(
         text_drop: probability of the empty prompt.
         huber: width of the Huber loss; None is the squared error.
         measure: see `student_errors`.
-        scales: see `regression`.
         draws: see `draw_times`.
         start_share: likewise.
         pure_noise: see `draw_pairs`.
@@ -394,15 +371,7 @@ def perflow_loss(
         mean, the teacher-consistency error; 0 where a batch has none of its times.
     """
 
-    errors = partial(
-        student_errors,
-        sched=sched,
-        kind=kind,
-        windows=windows,
-        huber=huber,
-        measure=measure,
-        scales=scales,
-    )
+    errors = partial(student_errors, sched=sched, kind=kind, windows=windows, huber=huber, measure=measure)
 
     def loss(params: Any, key: Key[Array, ""], batch: Batch) -> tuple[Float[Array, ""], Metrics]:
         key_target, key_drop = jax.random.split(key)
@@ -436,7 +405,6 @@ def solved_loss(
     text_drop: float = 0.1,
     huber: float | None = None,
     measure: Measure = "output",
-    scales: tuple[int, ...] = (1,),
     draws: tuple[int, ...] = (),
     start_share: float = 0.0,
 ) -> Loss:
@@ -452,7 +420,6 @@ def solved_loss(
         text_drop: probability of the empty prompt.
         huber: width of the Huber loss; None is the squared error.
         measure: see `student_errors`.
-        scales: see `regression`.
         draws: as in `solved_windows`.
         start_share: see `draw_times`.
 
@@ -460,15 +427,7 @@ def solved_loss(
         A loss over `Solved`, with the metrics of `perflow_loss`.
     """
 
-    errors = partial(
-        student_errors,
-        sched=sched,
-        kind=kind,
-        windows=windows,
-        huber=huber,
-        measure=measure,
-        scales=scales,
-    )
+    errors = partial(student_errors, sched=sched, kind=kind, windows=windows, huber=huber, measure=measure)
 
     def loss(params: Any, key: Key[Array, ""], batch: Solved) -> tuple[Float[Array, ""], Metrics]:
         key_t, key_drop = jax.random.split(key)

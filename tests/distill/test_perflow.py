@@ -18,7 +18,6 @@ from megjax.distill.perflow import (
     draw_pairs,
     draw_times,
     perflow_loss,
-    regression,
     solved_loss,
     student_errors,
     trajectory_windows,
@@ -126,19 +125,6 @@ def test_windows_are_drawn_in_the_proportions_asked_for_and_times_moved_to_their
 def test_draws_that_do_not_fit_the_windows_are_refused(draws):
     with pytest.raises(MegError, match="for each of the 4 windows"):
         draw_times(jax.random.key(0), 4, SCHED, draws=draws)
-
-
-def test_scales_weigh_white_errors_alike_and_what_a_patch_shares_by_its_area():
-    white = jax.random.normal(jax.random.key(0), (64, 16, 16, 4))
-    of_white = [float(jnp.mean(regression(white, jnp.zeros_like(white), scales=(k,)))) for k in (1, 2, 4, 16)]
-    # 256 values at scale 16 are the fewest: five standard errors of their mean square.
-    np.testing.assert_allclose(of_white, 1.0, atol=5 * np.sqrt(2 / 256))
-    shared = jnp.ones((3, 16, 16, 4))
-    np.testing.assert_allclose(regression(shared, 0 * shared, scales=(1, 2, 4)), (1 + 4 + 16) / 3, rtol=1e-6)
-    within = jnp.tile(jnp.array([[1.0, -1.0], [-1.0, 1.0]])[None, :, :, None], (1, 8, 8, 4))
-    np.testing.assert_allclose(regression(within, 0 * within, scales=(1, 2, 4)), 1 / 3, rtol=1e-6)
-    with pytest.raises(MegError, match="scale 3 of latents of 16 x 16"):
-        regression(white, white, scales=(3,))
 
 
 def test_pure_noise_is_where_the_noisiest_window_starts_and_no_other():
