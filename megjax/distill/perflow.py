@@ -140,15 +140,22 @@ def draw_times(
         windows: K.
         draws: see `trajectory_windows`; windows are drawn in these proportions, evenly if it is empty.
         start_share: of the times that are moved to their window's start s.
+
+    Raises:
+        MegError: see `trajectory_windows`; a share that is not one.
     """
+    if not 0.0 <= start_share <= 1.0:
+        raise MegError(f"start_share {start_share}: 0 to 1 is allowed")
     S = len(sched.abar)
     key_u, key_start = jax.random.split(key)
     window_J = jnp.array(trajectory_windows(windows, draws))
     place_B = len(window_J) * jax.random.uniform(key_u, (batch,))
     trajectory_B = place_B.astype(jnp.int32)
-    u_B = (window_J[trajectory_B] + place_B - trajectory_B) / windows
-    t_B = S - jnp.floor(GRID * u_B).astype(jnp.int32) * S // GRID
-    start_B, end_B = window_edges(sched, t_B, windows)
+    window_B = window_J[trajectory_B]
+    start_B, end_B = ((windows - window_B - i) * S // windows for i in (0, 1))
+    u_B = (window_B + place_B - trajectory_B) / windows
+    # Where the grid does not meet a window's start, its first point lies before it.
+    t_B = jnp.minimum(S - jnp.floor(GRID * u_B).astype(jnp.int32) * S // GRID, start_B)
     first_B = jax.random.bernoulli(key_start, start_share, (batch,))
     return Times(jnp.where(first_B, start_B, t_B), start_B, end_B, trajectory_B)
 

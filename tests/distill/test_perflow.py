@@ -121,6 +121,20 @@ def test_windows_are_drawn_in_the_proportions_asked_for_and_times_moved_to_their
         assert abs(share - wanted) < 5 * np.sqrt(wanted * (1 - wanted) / count)
 
 
+def test_times_lie_in_their_trajectorys_window_where_the_grid_does_not_meet_its_start():
+    times = draw_times(jax.random.key(0), 4096, SCHED, windows=3)
+    t_B, start_B, end_B, window_B = (np.asarray(x) for x in times)
+    np.testing.assert_array_equal(start_B, np.array([1000, 666, 333])[window_B])
+    for got, wanted in zip((start_B, end_B), window_edges(SCHED, times.t_B, 3), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    assert np.all((end_B < t_B) & (t_B <= start_B))
+
+
+def test_a_share_of_starts_beyond_one_is_refused():
+    with pytest.raises(MegError, match=r"start_share 1\.5"):
+        draw_times(jax.random.key(0), 4, SCHED, start_share=1.5)
+
+
 @pytest.mark.parametrize("draws", [(1, 1), (5, 1, 1, 0)])
 def test_draws_that_do_not_fit_the_windows_are_refused(draws):
     with pytest.raises(MegError, match="for each of the 4 windows"):
