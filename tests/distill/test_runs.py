@@ -43,7 +43,12 @@ def test_a_student_is_distilled_resumed_and_used(tmp_path, backbone, fields):
     jax.tree.map(np.testing.assert_array_equal, *(pipeline.params["student"] for pipeline in pipelines))
     lines = [json.loads(line) for line in (tmp_path / "run" / "student.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
-    assert all(np.isfinite(line["consistency"]) for line in lines if "consistency" in line)
+    evaluations = [line for line in lines if "consistency" in line]
+    assert [line["step"] for line in evaluations] == [2, 4]
+    for line in evaluations:
+        # Other examples, the same measure.
+        assert np.isfinite([line["consistency"], line["learned_consistency"]]).all()
+        assert line["consistency"] != line["learned_consistency"]
     pipeline = pipelines[0]
     change = load(tmp_path / "run" / "unet_delta", pipeline.unet.shapes)
     again = add_delta(pipeline.params["unet"], change)
