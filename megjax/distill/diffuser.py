@@ -350,8 +350,8 @@ def _evaluation(
 ) -> Evaluate:
     """The EMA's teacher-consistency error on held-out examples, and its samples beside the teacher's.
 
-    `learned_...` are the same errors on as many of the examples that it learns from: where they are far lower,
-    these are being learned by heart, and more pictures help where more steps do not.
+    `learned_...` are the same errors on as many of the examples that it learns from: where they are far
+    lower, these are being learned by heart, and more pictures help where more steps do not.
     """
 
     def stacked(first: int, number: int) -> dict[str, np.ndarray]:
