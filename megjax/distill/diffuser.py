@@ -390,11 +390,11 @@ def _evaluation(
     spread = batch_sharding(mesh)
     parts = mesh.size // mesh.shape["tensor"]
 
-    def placed(data: dict[str, np.ndarray], examples: int) -> Inputs:
-        where = spread if examples % parts == 0 else replicated(mesh)
+    def placed(data: dict[str, np.ndarray]) -> Inputs:
+        where = spread if len(data["z0"]) % parts == 0 else replicated(mesh)
         return Inputs(place(data, jax.tree.map(lambda _: where, data)), frozen)
 
-    known, everyone = placed(learned, len(learned["z0"])), placed(data, config.held_out)
+    known, everyone = placed(learned), placed(data)
     few = Inputs({name: array[:number] for name, array in data.items()}, frozen)
     key = jax.random.key(config.seed + 2)
 
