@@ -33,6 +33,10 @@ Measure: TypeAlias = Literal["output", "velocity"]
 """What errors are measured of: the student's output, Eq. (12), or the velocity it stands for, Eq. (11)."""
 
 
+SolverOrder: TypeAlias = Literal[1, 2]
+"""Of the teacher's solver: 1 is DDIM, 2 the second-order Adams-Bashforth rule on it, at no further call."""
+
+
 class Times(NamedTuple):
     """Where in its trajectory each latent of a batch is judged.
 
@@ -167,8 +171,13 @@ def solve_window(
     end_B: Int[Array, B],
     sched: Schedule,
     solver_steps: int = 10,
+    solver_order: SolverOrder = 1,
 ) -> Float[Array, "B H W C"]:
-    """The teacher's z_e: DDIM from s to e in S even steps of timestep indices, from 1000 s - 1.
+    """The teacher's z_e: from s to e in S even steps of timestep indices, from 1000 s - 1.
+
+    In x = z/sqrt(abar) and sigma = sqrt(1/abar - 1) the flow is dx/dsigma = eps, and DDIM is Euler's rule
+    for it. Order 2 takes eps + (eps - eps')/2 h/h' instead, with eps' of the step before and h, h' both steps
+    in sigma.
 
     Args:
         teacher: the frozen noise predictor, guidance included.
@@ -177,19 +186,28 @@ def solve_window(
         end_B: e, timesteps.
         sched: the schedule.
         solver_steps: S.
+        solver_order: of its error in the size of a step.
     """
     stride_B = (start_B - end_B) // solver_steps
+    sigma = jnp.sqrt(1 / sched.abar - 1)
 
-    def body(i: Array, z: Array) -> Array:
+    def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        z, eps_before = carry
         t_B = start_B - 1 - i * stride_B
         # The last step ends at e whatever the stride's rounding, and at abar[0] for e = 0.
         next_B = jnp.where(i + 1 < solver_steps, t_B - stride_B, jnp.maximum(end_B - 1, 0))
         abar, abar_next = (sched.abar[index][:, None, None, None] for index in (t_B, next_B))
-        eps = teacher(z, t_B)
-        z0 = (z - jnp.sqrt(1 - abar) * eps) / jnp.sqrt(abar)
-        return jnp.sqrt(abar_next) * z0 + jnp.sqrt(1 - abar_next) * eps
+        eps = middle = teacher(z, t_B)
+        if solver_order == 2:
+            h_B, h_before_B = sigma[next_B] - sigma[t_B], sigma[t_B] - sigma[t_B + stride_B]
+            # The first step has none before it, and the noisiest window no timestep there.
+            share_B = jnp.where(i > 0, h_B / (2 * jnp.where(i > 0, h_before_B, 1.0)), 0.0)
+            middle = eps + share_B[:, None, None, None] * (eps - eps_before)
+        z0 = (z - jnp.sqrt(1 - abar) * middle) / jnp.sqrt(abar)
+        return jnp.sqrt(abar_next) * z0 + jnp.sqrt(1 - abar_next) * middle, eps
 
-    return jax.lax.fori_loop(0, solver_steps, body, z_s_BxHxWxC)
+    z_e, _ = jax.lax.fori_loop(0, solver_steps, body, (z_s_BxHxWxC, jnp.zeros_like(z_s_BxHxWxC)))
+    return z_e
 
 
 def draw_pairs(
@@ -201,6 +219,7 @@ def draw_pairs(
     end_B: Int[Array, B],
     solver_steps: int = 10,
     pure_noise: bool = False,
+    solver_order: SolverOrder = 1,
 ) -> Pairs:
     """Noise latents to each window's start, Eq. (10), and let the teacher solve to its end.
 
@@ -217,13 +236,15 @@ def draw_pairs(
         end_B: e, timesteps.
         solver_steps: S.
         pure_noise: start the noisiest window from n, as a sampler does.
+        solver_order: see `solve_window`.
     """
     abar_B = signal_power(sched, start_B)
     if pure_noise:
         abar_B = jnp.where(start_B == len(sched.abar), 0.0, abar_B)
     abar_s = abar_B[:, None, None, None]
     z_s = jnp.sqrt(abar_s) * z0_BxHxWxC + jnp.sqrt(1 - abar_s) * noise_BxHxWxC
-    return Pairs(z_s, solve_window(teacher, z_s, start_B, end_B, sched, solver_steps), start_B, end_B)
+    z_e = solve_window(teacher, z_s, start_B, end_B, sched, solver_steps, solver_order)
+    return Pairs(z_s, z_e, start_B, end_B)
 
 
 def chord_target(
@@ -262,6 +283,7 @@ def window_target(
     draws: tuple[int, ...] = (),
     start_share: float = 0.0,
     pure_noise: bool = False,
+    solver_order: SolverOrder = 1,
 ) -> Target:
     """Draw times, solve their windows with the teacher and return the student's targets, Eqs. (10), (12).
 
@@ -276,13 +298,13 @@ def window_target(
         draws: see `draw_times`.
         start_share: likewise.
         pure_noise: see `draw_pairs`.
+        solver_order: see `solve_window`.
     """
     key_t, key_noise = jax.random.split(key)
     times = draw_times(key_t, len(z0_BxHxWxC), sched, windows, draws, start_share)
     noise = jax.random.normal(key_noise, z0_BxHxWxC.shape)
-    pairs = draw_pairs(
-        noise, z0_BxHxWxC, teacher, sched, times.start_B, times.end_B, solver_steps, pure_noise
-    )
+    ends = times.start_B, times.end_B
+    pairs = draw_pairs(noise, z0_BxHxWxC, teacher, sched, *ends, solver_steps, pure_noise, solver_order)
     return chord_target(jax.lax.stop_gradient(pairs), times.t_B, sched, kind)
 
 
@@ -354,6 +376,7 @@ def perflow_loss(
     draws: tuple[int, ...] = (),
     start_share: float = 0.0,
     pure_noise: bool = False,
+    solver_order: SolverOrder = 1,
     teacher_unet: UNetCall | None = None,
 ) -> Loss:
     """Eq. (12): the student at z_t against the teacher's chord; the teacher always has the full text and CFG.
@@ -371,6 +394,7 @@ def perflow_loss(
         draws: see `draw_times`.
         start_share: likewise.
         pure_noise: see `draw_pairs`.
+        solver_order: see `solve_window`.
         teacher_unet: the teacher's graph where its options differ (no rematerialisation, say).
 
     Returns:
@@ -394,6 +418,7 @@ def perflow_loss(
             draws=draws,
             start_share=start_share,
             pure_noise=pure_noise,
+            solver_order=solver_order,
         )
         prompt = drop_text(key_drop, batch.prompt, batch.empty, text_drop)
         output = conditioned(unet, params, prompt)(target.z_BxHxWxC, target.t_B)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from megjax.diffusion import Conditioning, guided
 from megjax.distill.cache import Block, Cache, cached
-from megjax.distill.perflow import draw_pairs, trajectory_windows
+from megjax.distill.perflow import SolverOrder, draw_pairs, trajectory_windows
 from megjax.models import time_ids
 from megjax.pipeline.load import Pipeline
 
@@ -31,6 +31,7 @@ def solved_windows(
     draws: tuple[int, ...],
     pure_noise: bool,
     solver_steps: int,
+    solver_order: SolverOrder,
     seed: int,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Cache:
@@ -48,6 +49,7 @@ def solved_windows(
         draws: trajectories through each window, see `trajectory_windows`.
         pure_noise: see `draw_pairs`.
         solver_steps: S.
+        solver_order: see `solve_window`.
         seed: of the noise; each trajectory has its own.
         progress: told the examples done.
     """
@@ -67,7 +69,8 @@ def solved_windows(
             start, end = (jnp.full(B, (windows - window_J[j] - i) * S // windows) for i in (0, 1))
             one_key = jax.vmap(lambda key: jax.random.fold_in(key, j))(keys)
             noise = jax.vmap(lambda key: jax.random.normal(key, z0.shape[1:]))(one_key)
-            pairs = draw_pairs(noise, z0, teacher, pipeline.schedule, start, end, solver_steps, pure_noise)
+            solver = (solver_steps, pure_noise, solver_order)
+            pairs = draw_pairs(noise, z0, teacher, pipeline.schedule, start, end, *solver)
             return pairs.z_s_BxHxWxC, pairs.z_e_BxHxWxC
 
         z_s, z_e = jax.lax.map(trajectory, jnp.arange(len(window_J)))
@@ -94,6 +97,7 @@ def solved_windows(
         "draws": draws,
         "pure_noise": pure_noise,
         "solver_steps": solver_steps,
+        "solver_order": solver_order,
         "seed": seed,
     }
     return cached(folder, {**key, **own}, len(rows), compute, progress=progress, shard=256)

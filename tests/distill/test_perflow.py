@@ -18,6 +18,7 @@ from megjax.distill.perflow import (
     draw_pairs,
     draw_times,
     perflow_loss,
+    solve_window,
     solved_loss,
     student_errors,
     trajectory_windows,
@@ -94,6 +95,28 @@ def test_targets_on_gaussian_data(kind):
             "velocity": (z_e - z_s) / ((end - start) / 1000),
         }[kind]
         np.testing.assert_allclose(got, want, atol=1e-5 * max(1.0, np.abs(want).max()))
+
+
+@pytest.mark.parametrize("start", [1000, 750, 500])
+def test_the_teachers_solver_converges_in_its_order(start):
+    """On Gaussian data the flow through a window is the ratio of the standard deviations at its ends."""
+    a_s, a_e = (float(SCHED.abar[t - 1]) for t in (start, start - 250))
+    exact = np.sqrt((a_e * VARIANCE + 1 - a_e) / (a_s * VARIANCE + 1 - a_s))
+
+    z, ends = jnp.ones((1, 1, 1, 1)), (jnp.array([start]), jnp.array([start - 250]))
+    first, second = (
+        np.array(
+            [abs(solve_window(gaussian_noise, z, *ends, SCHED, S, k).item() - exact) for S in (5, 10, 25)]
+        )
+        for k in (1, 2)
+    )
+    for errors, order in ((first, 1), (second, 2)):
+        # From 2e-6 down float32's rounding is what is left.
+        seen = errors[1:] > 2e-6
+        found = np.log(errors[:-1] / errors[1:])[seen] / np.log([2.0, 2.5])[seen]
+        assert len(found) > 0
+        assert np.all((found > 0.8 * order) & (found < order + 0.6)), (order, errors, found)
+    assert second[0] < first[0] / 2
 
 
 def test_times_lie_on_the_grid_and_in_their_windows():
