@@ -1,8 +1,8 @@
 """Presets of `python -m train.distill_diffuser`: a few-step student by piecewise rectified flow.
 
-`tiny` makes MEG-Tiny's student, on two CPU cores in about three hours; the teacher solves its windows
-beforehand, in half the paper's steps but to second order, and the noisiest, where one call decides the
-picture, is learned most:
+`tiny` makes MEG-Tiny's student, on two CPU cores in some three hours (reckoned from the speed of shorter
+runs); the teacher solves its windows beforehand, in half the paper's steps but to second order, and the
+noisiest, where one call decides the picture, is learned most:
 
     python -m train.distill_diffuser tiny
 

@@ -32,7 +32,6 @@ GRID = 200
 Measure: TypeAlias = Literal["output", "velocity"]
 """What errors are measured of: the student's output, Eq. (12), or the velocity it stands for, Eq. (11)."""
 
-
 SolverOrder: TypeAlias = Literal[1, 2]
 """Of the teacher's solver: 1 is DDIM, 2 the second-order Adams-Bashforth rule on it, at no further call."""
 
@@ -303,8 +302,17 @@ def window_target(
     key_t, key_noise = jax.random.split(key)
     times = draw_times(key_t, len(z0_BxHxWxC), sched, windows, draws, start_share)
     noise = jax.random.normal(key_noise, z0_BxHxWxC.shape)
-    ends = times.start_B, times.end_B
-    pairs = draw_pairs(noise, z0_BxHxWxC, teacher, sched, *ends, solver_steps, pure_noise, solver_order)
+    pairs = draw_pairs(
+        noise,
+        z0_BxHxWxC,
+        teacher,
+        sched,
+        times.start_B,
+        times.end_B,
+        solver_steps=solver_steps,
+        pure_noise=pure_noise,
+        solver_order=solver_order,
+    )
     return chord_target(jax.lax.stop_gradient(pairs), times.t_B, sched, kind)
 
 

@@ -69,8 +69,17 @@ def solved_windows(
             start, end = (jnp.full(B, (windows - window_J[j] - i) * S // windows) for i in (0, 1))
             one_key = jax.vmap(lambda key: jax.random.fold_in(key, j))(keys)
             noise = jax.vmap(lambda key: jax.random.normal(key, z0.shape[1:]))(one_key)
-            solver = (solver_steps, pure_noise, solver_order)
-            pairs = draw_pairs(noise, z0, teacher, pipeline.schedule, start, end, *solver)
+            pairs = draw_pairs(
+                noise,
+                z0,
+                teacher,
+                pipeline.schedule,
+                start,
+                end,
+                solver_steps=solver_steps,
+                pure_noise=pure_noise,
+                solver_order=solver_order,
+            )
             return pairs.z_s_BxHxWxC, pairs.z_e_BxHxWxC
 
         z_s, z_e = jax.lax.map(trajectory, jnp.arange(len(window_J)))
