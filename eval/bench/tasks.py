@@ -111,7 +111,7 @@ def megjax_call(task: str) -> Callable[[], Any]:
 
     from configs.pretrain import TINY
     from megjax.diffusion import Conditioning, ddim, guided, schedule
-    from megjax.distill.perflow import Batch, perflow_loss
+    from megjax.distill.student_loss import Batch, perflow_loss
     from megjax.models import VAEConfig, unet, vae_decoder
     from megjax.training.step import adamw, init_state, make_step
 

@@ -126,6 +126,31 @@ def perflow_timesteps(
     return timestep(i), jnp.where(i + 1 < steps, timestep(i + 1), 0)
 
 
+def perflow_step(
+    student: Denoise,
+    z_BxHxWxC: Float[Array, "B H W C"],
+    sched: Schedule,
+    t: Int[Array, ""],
+    t_next: Int[Array, ""],
+    kind: Parametrisation = "ddim_eps",
+    windows: int = WINDOWS,
+) -> Float[Array, "B H W C"]:
+    """One step along the student's flow, Eq. (11): z + (t' - t) v.
+
+    Args:
+        student: its prediction at (z_t, 1000 t).
+        z_BxHxWxC: the flow's state at t.
+        sched: the schedule.
+        t: timestep from 1 to S.
+        t_next: the one after it.
+        kind: what the student predicts.
+        windows: K.
+    """
+    t_B = jnp.full((len(z_BxHxWxC),), t)
+    v = velocity(sched, student(z_BxHxWxC, t_B), z_BxHxWxC, t_B, kind, windows)
+    return z_BxHxWxC + (t_next - t).astype(z_BxHxWxC.dtype) / len(sched.abar) * v
+
+
 def perflow(
     student: Denoise,
     z_BxHxWxC: Float[Array, "B H W C"],
@@ -156,13 +181,9 @@ def perflow(
         raise MegError(f"parametrisation {kind!r}: choose from {', '.join(get_args(Parametrisation))}")
     if isinstance(steps, int) and steps < windows:
         raise MegError(f"steps {steps}: a flow of {windows} windows needs at least {windows}")
-    B, S = z_BxHxWxC.shape[0], len(sched.abar)
 
     def body(i: Array, z: Array) -> Array:
-        t, t_next = perflow_timesteps(sched, steps, i, windows)
-        t_B = jnp.full((B,), t)
-        v = velocity(sched, student(z, t_B), z, t_B, kind, windows)
-        return z + (t_next - t).astype(z.dtype) / S * v
+        return perflow_step(student, z, sched, *perflow_timesteps(sched, steps, i, windows), kind, windows)
 
     steps, start = jnp.asarray(steps, jnp.int32), jnp.asarray(start, jnp.int32)
     return jax.lax.fori_loop(start, jnp.maximum(steps, windows), body, z_BxHxWxC)

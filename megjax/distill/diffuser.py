@@ -22,7 +22,8 @@ from megjax.diffusion.perflow import WINDOWS, Parametrisation
 from megjax.distill.cache import Cache
 from megjax.distill.encoding import ENCODERS, caption_ids, encoded_pictures, model_key, progress_bar
 from megjax.distill.export import copy_backbone, delta, save_weights
-from megjax.distill.perflow import Batch, Measure, Solved, SolverOrder, perflow_loss, solved_loss
+from megjax.distill.perflow import SolverOrder
+from megjax.distill.student_loss import Batch, Measure, Solved, perflow_loss, solved_loss
 from megjax.distill.windows import solved_windows
 from megjax.errors import MegError
 from megjax.models import Network, Options, Params, time_ids, unet
@@ -86,6 +87,12 @@ class DiffuserConfig:
     """Of the teacher's solver inside a window: 1 is DDIM, the paper's; 2 errs less in the same calls."""
     solve_once: bool = False
     """Solve each example's windows once, before the first step, and keep both ends."""
+    chained: bool = False
+    """With `solve_once`: start each window where the teacher left the one before, instead of by Eq. (10)."""
+    rollout: float = 0.0
+    """With `chained`: weight of the student's error after its whole way, one step to a window."""
+    rollout_width: float | None = None
+    """Of the pseudo-Huber loss of that error, instead of the squared one."""
     guidance: float = 7.5
     """Of the teacher's solver and of its pictures in the sample grid."""
     pure_noise: bool = False
@@ -154,7 +161,14 @@ def distillation(config: DiffuserConfig, pipeline: Pipeline) -> Program:
     Args:
         config: how.
         pipeline: its networks, schedule and sizes; of its parameters only the shapes are read.
+
+    Raises:
+        MegError: `chained` without `solve_once`, or `rollout` without `chained`.
     """
+    if config.chained and not config.solve_once:
+        raise MegError("chained: only windows solved beforehand can be; add --solve-once")
+    if config.rollout and not config.chained:
+        raise MegError(f"rollout {config.rollout}: it needs the teacher's whole trajectories; add --chained")
     teacher = pipeline.unet
     options = Options(dtype=config.dtype, remat=config.remat, attention=config.attention)
     loss = distillation_loss(config, pipeline, unet(teacher.config, options))
@@ -200,7 +214,8 @@ def distillation_loss(config: DiffuserConfig, pipeline: Pipeline, student: Netwo
         "start_share": config.start_share,
     }
     if config.solve_once:
-        solved = solved_loss(student, pipeline.schedule, **common)
+        rollout = {"rollout": config.rollout, "rollout_width": config.rollout_width}
+        solved = solved_loss(student, pipeline.schedule, **rollout, **common)
 
         def of_solved(params: Any, key: Key[Array, ""], inputs: Inputs) -> tuple[Float[Array, ""], Metrics]:
             rows, frozen = inputs
@@ -324,6 +339,7 @@ def _solved(config: DiffuserConfig, pipeline: Pipeline, rows: Cache) -> Cache:
             guidance=config.guidance,
             windows=config.windows,
             draws=config.window_draws,
+            chained=config.chained,
             pure_noise=config.pure_noise,
             solver_steps=config.solver_steps,
             solver_order=config.solver_order,

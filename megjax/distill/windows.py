@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 
 from megjax.diffusion import Conditioning, guided
 from megjax.distill.cache import Block, Cache, cached
-from megjax.distill.perflow import SolverOrder, draw_pairs, trajectory_windows
+from megjax.distill.perflow import SolverOrder, noisy_start, solve_window, trajectory_windows
+from megjax.errors import MegError
 from megjax.models import time_ids
 from megjax.pipeline.load import Pipeline
 
@@ -29,6 +30,7 @@ def solved_windows(
     guidance: float,
     windows: int,
     draws: tuple[int, ...],
+    chained: bool,
     pure_noise: bool,
     solver_steps: int,
     solver_order: SolverOrder,
@@ -47,14 +49,24 @@ def solved_windows(
         guidance: of the teacher's solver.
         windows: K.
         draws: trajectories through each window, see `trajectory_windows`.
-        pure_noise: see `draw_pairs`.
+        chained: the d-th trajectory through a window starts where the d-th through the one before ended, as
+            a sampler's does, and only the noisiest starts by Eq. (10).
+        pure_noise: see `noisy_start`.
         solver_steps: S.
         solver_order: see `solve_window`.
         seed: of the noise; each trajectory has its own.
         progress: told the examples done.
+
+    Raises:
+        MegError: see `trajectory_windows`; chained, and a window has more draws than the one before.
     """
-    S, side = len(pipeline.schedule.abar), pipeline.image_size
-    window_J = jnp.array(trajectory_windows(windows, draws))
+    sched, side = pipeline.schedule, pipeline.image_size
+    S = len(sched.abar)
+    chosen = trajectory_windows(windows, draws)
+    if chained and list(draws) != sorted(draws, reverse=True):
+        raise MegError(f"chained, with window_draws {draws}: no window can have more than the one before")
+    window_J = jnp.array(chosen)
+    draw_J = jnp.array([j - chosen.index(k) for j, k in enumerate(chosen)])
 
     @jax.jit
     def solve(params: Any, numbers: Array, z0: Array, text: Array, pooled: Array) -> tuple[Array, Array]:
@@ -65,24 +77,18 @@ def solved_windows(
         teacher = guided(pipeline.unet, params, prompt, no_prompt, guidance)
         keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(seed), n))(numbers)
 
-        def trajectory(j: Array) -> tuple[Array, Array]:
+        def trajectory(ends: Array, j: Array) -> tuple[Array, tuple[Array, Array]]:
             start, end = (jnp.full(B, (windows - window_J[j] - i) * S // windows) for i in (0, 1))
             one_key = jax.vmap(lambda key: jax.random.fold_in(key, j))(keys)
             noise = jax.vmap(lambda key: jax.random.normal(key, z0.shape[1:]))(one_key)
-            pairs = draw_pairs(
-                noise,
-                z0,
-                teacher,
-                pipeline.schedule,
-                start,
-                end,
-                solver_steps=solver_steps,
-                pure_noise=pure_noise,
-                solver_order=solver_order,
-            )
-            return pairs.z_s_BxHxWxC, pairs.z_e_BxHxWxC
+            z_s = noisy_start(noise, z0, sched, start, pure_noise=pure_noise)
+            if chained:
+                z_s = jnp.where(window_J[j] > 0, ends[draw_J[j]], z_s)
+            z_e = solve_window(teacher, z_s, start, end, sched, solver_steps, solver_order)
+            return ends.at[draw_J[j]].set(z_e), (z_s, z_e)
 
-        z_s, z_e = jax.lax.map(trajectory, jnp.arange(len(window_J)))
+        ends = jnp.zeros((max(draws, default=1), *z0.shape))
+        _, (z_s, z_e) = jax.lax.scan(trajectory, ends, jnp.arange(len(window_J)))
         return z_s.swapaxes(0, 1), z_e.swapaxes(0, 1)
 
     def compute(start: int, stop: int) -> Block:
@@ -104,6 +110,7 @@ def solved_windows(
         "guidance": guidance,
         "windows": windows,
         "draws": draws,
+        "chained": chained,
         "pure_noise": pure_noise,
         "solver_steps": solver_steps,
         "solver_order": solver_order,

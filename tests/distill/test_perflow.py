@@ -8,23 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megjax.diffusion import Conditioning, guided, perflow, perflow_timesteps, schedule
+from megjax.diffusion import perflow, perflow_timesteps, schedule
 from megjax.diffusion.perflow import velocity, window_edges, window_gains
 from megjax.distill.perflow import (
-    Batch,
     Pairs,
-    Solved,
     chord_target,
-    draw_pairs,
     draw_times,
-    perflow_loss,
+    noisy_start,
     solve_window,
-    solved_loss,
-    student_errors,
-    trajectory_windows,
     window_target,
 )
 from megjax.errors import MegError
+from tests.distill.flows import linear_student
 
 SCHED = schedule()
 KINDS = ("ddim_eps", "diff_eps", "velocity")
@@ -167,30 +162,11 @@ def test_draws_that_do_not_fit_the_windows_are_refused(draws):
 def test_pure_noise_is_where_the_noisiest_window_starts_and_no_other():
     noise, z0 = jax.random.normal(jax.random.key(0), (2, 4, 2, 2, 1))
     start = jnp.array([1000, 750, 500, 250])
-    pure, noised = (
-        draw_pairs(noise, z0, gaussian_noise, SCHED, start, start - 250, pure_noise=pure)
-        for pure in (True, False)
-    )
-    np.testing.assert_array_equal(pure.z_s_BxHxWxC[0], noise[0])
-    np.testing.assert_array_equal(pure.z_s_BxHxWxC[1:], noised.z_s_BxHxWxC[1:])
-    left = np.asarray(noised.z_s_BxHxWxC[0] - np.sqrt(1 - SCHED.abar[-1]) * noise[0])
+    pure, noised = (noisy_start(noise, z0, SCHED, start, pure_noise=pure) for pure in (True, False))
+    np.testing.assert_array_equal(pure[0], noise[0])
+    np.testing.assert_array_equal(pure[1:], noised[1:])
+    left = np.asarray(noised[0] - np.sqrt(1 - SCHED.abar[-1]) * noise[0])
     np.testing.assert_allclose(left, np.sqrt(SCHED.abar[-1]) * z0[0], atol=1e-6)
-    factor = ddim_factor(np.asarray(SCHED.abar, np.float64), 1000, 750, 10)
-    np.testing.assert_allclose(pure.z_e_BxHxWxC[0], factor * noise[0], rtol=1e-4)
-
-
-def linear_student(kind, factors, sched):
-    """A student whose flow multiplies each window's start by a factor, along a straight line."""
-
-    def student(z, t_B):
-        start_B, end_B = window_edges(sched, t_B)
-        factor = jnp.asarray(factors)[(1000 - start_B) // 250]
-        share = (t_B - start_B).astype(z.dtype) / (end_B - start_B).astype(z.dtype)
-        z_s = z / (1 + (factor - 1) * share)[:, None, None, None]
-        pairs = Pairs(z_s, z_s * factor[:, None, None, None], start_B, end_B)
-        return chord_target(pairs, t_B, sched, kind).target_BxHxWxC
-
-    return student
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -244,95 +220,3 @@ def test_one_trace_serves_every_number_of_steps():
 def test_fewer_steps_than_windows_are_refused():
     with pytest.raises(MegError, match="needs at least 4"):
         perflow(gaussian_noise, jnp.ones((1, 2, 2, 1)), SCHED, 3)
-
-
-def toy_unet(params, z, t_B, text, pooled, sizes, token_merge=None):
-    """A predictor of one number, that hears the text."""
-    return params["w"] * z + params["b"] * jnp.mean(text, axis=(1, 2))[:, None, None, None]
-
-
-def toy_batch(batch: int) -> Batch:
-    def condition(value: float) -> Conditioning:
-        return Conditioning(jnp.full((batch, 3, 2), value), jnp.zeros((batch, 2)), jnp.zeros((batch, 6)))
-
-    z0 = jax.random.normal(jax.random.key(3), (batch, 2, 2, 1))
-    return Batch({"w": jnp.array(0.5), "b": jnp.array(0.0)}, z0, condition(1.0), condition(0.0))
-
-
-def test_loss_is_the_mean_of_its_windows_and_drops_text():
-    batch = toy_batch(256)
-    params = {"w": jnp.array(0.4), "b": jnp.array(0.1)}
-    value, metrics = perflow_loss(toy_unet, SCHED, text_drop=0.0)(params, jax.random.key(0), batch)
-    key_t = jax.random.split(jax.random.split(jax.random.key(0))[0])[0]
-    start_B = draw_times(key_t, 256, SCHED).start_B
-    share = [float(np.mean(np.asarray(start_B) == start)) for start in (1000, 750, 500, 250)]
-    windows = [float(metrics[f"window_{k}"]) for k in range(4)]
-    assert float(value) == pytest.approx(np.dot(share, windows), rel=1e-5)
-    without, _ = perflow_loss(toy_unet, SCHED, text_drop=1.0)(params, jax.random.key(0), batch)
-    silent = {**params, "b": jnp.array(0.0)}
-    same, _ = perflow_loss(toy_unet, SCHED, text_drop=0.0)(silent, jax.random.key(0), batch)
-    assert float(without) == pytest.approx(float(same), rel=1e-6)
-
-
-def test_solved_windows_teach_what_solving_in_the_step_teaches():
-    """On Gaussian data with its exact predictor both losses see the same targets."""
-    batch = toy_batch(2048)
-    edges = [(1000, 750), (750, 500), (500, 250), (250, 0)]
-    ends = []
-    for k, (start, end) in enumerate(edges):
-        start_B, end_B = (jnp.full(2048, x) for x in (start, end))
-        noise = jax.random.normal(jax.random.fold_in(jax.random.key(5), k), batch.z0_BxHxWxC.shape)
-        teacher = guided(toy_unet, batch.teacher, batch.prompt, batch.empty, 7.5)
-        ends.append(draw_pairs(noise, batch.z0_BxHxWxC, teacher, SCHED, start_B, end_B))
-    z_s, z_e = (
-        jnp.stack([getattr(p, name) for p in ends], axis=1) for name in ("z_s_BxHxWxC", "z_e_BxHxWxC")
-    )
-    solved = Solved(z_s, z_e, batch.prompt, batch.empty)
-    params = {"w": jnp.array(0.4), "b": jnp.array(0.1)}
-    before, metrics = solved_loss(toy_unet, SCHED)(params, jax.random.key(0), solved)
-    within, others = perflow_loss(toy_unet, SCHED)(params, jax.random.key(0), batch)
-    assert float(before) == pytest.approx(float(within), rel=0.1)
-    for name, value in others.items():
-        assert float(metrics[name]) == pytest.approx(float(value), rel=0.2)
-    more = (2, 1, 1, 1)
-    of_more = jnp.array(trajectory_windows(draws=more))
-    solved = solved._replace(z_s_BxJxHxWxC=z_s[:, of_more], z_e_BxJxHxWxC=z_e[:, of_more])
-    _, metrics = solved_loss(toy_unet, SCHED, draws=more)(params, jax.random.key(1), solved)
-    for name, value in others.items():
-        assert float(metrics[name]) == pytest.approx(float(value), rel=0.2)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_errors_of_the_velocity_are_the_same_in_every_parametrisation(kind):
-    """A student whose chord ends at z_e + d errs by d/(e - s) in velocity, whatever it predicts."""
-    t_B = jnp.array([1000, 800, 700, 505, 250, 5])
-    start, end = window_edges(SCHED, t_B)
-    z_s, z_e, d = jax.random.normal(jax.random.key(0), (3, 6, 2, 2, 1))
-    target = chord_target(Pairs(z_s, z_e, start, end), t_B, SCHED, kind)
-    share = ((t_B - start) / (end - start))[:, None, None, None]
-    # The other chord through the same z_t: its start moves so that its end is d away.
-    other = Pairs(z_s - d * share / (1 - share), z_e + d, start, end)
-    output = chord_target(other, t_B, SCHED, kind).target_BxHxWxC
-    got = student_errors(output, target, SCHED, kind=kind, measure="velocity")
-    slope = (d + d * share / (1 - share)) / -0.25
-    np.testing.assert_allclose(got, jnp.mean(slope**2, axis=(1, 2, 3)), rtol=2e-3)
-
-
-def test_huber_is_the_square_for_small_errors():
-    batch = toy_batch(64)
-    params = {"w": jnp.array(0.4), "b": jnp.array(0.1)}
-    square, _ = perflow_loss(toy_unet, SCHED)(params, jax.random.key(0), batch)
-    wide, _ = perflow_loss(toy_unet, SCHED, huber=1e3)(params, jax.random.key(0), batch)
-    narrow, _ = perflow_loss(toy_unet, SCHED, huber=1e-3)(params, jax.random.key(0), batch)
-    assert float(wide) == pytest.approx(float(square), rel=1e-6)
-    assert float(narrow) < float(square)
-
-
-def test_no_gradient_reaches_the_teacher():
-    batch = toy_batch(16)
-    loss = perflow_loss(toy_unet, SCHED)
-    params = {"w": jnp.array(0.4), "b": jnp.array(0.1)}
-    grads = jax.grad(lambda teacher: loss(params, jax.random.key(0), batch._replace(teacher=teacher))[0])(
-        batch.teacher
-    )
-    chex.assert_trees_all_close(grads, jax.tree.map(jnp.zeros_like, grads))

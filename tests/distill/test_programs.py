@@ -51,6 +51,20 @@ def test_the_students_weights_are_in_float32_whatever_computes(pipeline, fields)
     assert jax.tree.map(jnp.shape, student) == jax.tree.map(jnp.shape, teacher)
 
 
+def test_a_whole_way_needs_chained_windows(pipeline):
+    config = DiffuserConfig(solve_once=True, chained=True, rollout=1.0, window_draws=(2, 2, 1, 1))
+    program = distillation(config, pipeline)
+    teacher = jax.tree.map(lambda p: shape(*p.shape, dtype="float32"), pipeline.unet.shapes)
+    frozen = {"teacher": teacher, "empty": (shape(1, 32, 128), shape(1, 64))}
+    data = rows(2) | {name: shape(2, 6, 16, 16, 4) for name in ("z_s", "z_e")}
+    _, metrics = jax.eval_shape(program.step, program.state, jax.random.key(0), Inputs(data, frozen))
+    assert "rollout" in metrics
+    with pytest.raises(MegError, match="add --chained"):
+        distillation(dataclasses.replace(config, chained=False), pipeline)
+    with pytest.raises(MegError, match="add --solve-once"):
+        distillation(dataclasses.replace(config, solve_once=False), pipeline)
+
+
 @pytest.mark.parametrize("method", ["meg", "split_finetune", "pruning", "magnitude_pruning"])
 def test_decoders_programs(pipeline, method):
     config = DecoderConfig(method=method, batch=4, accumulate=2, width=0.5)

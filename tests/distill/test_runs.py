@@ -59,6 +59,7 @@ def test_a_student_is_distilled_resumed_and_used(tmp_path, backbone, fields):
 
 def test_a_student_starts_from_another(tmp_path, backbone):
     fields = {"solve_once": True, "window_draws": (2, 1, 1, 1), "start_share": 0.5, "pure_noise": True}
+    fields |= {"chained": True, "rollout": 1.0}
     first, _ = presets(distill_diffuser, tmp_path / "run", backbone, **fields)
     trained = load_pipeline(train_diffuser(first))
     on = dataclasses.replace(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from megjax.diffusion import Conditioning, schedule
-from megjax.distill.perflow import Batch, perflow_loss
+from megjax.distill.student_loss import Batch, perflow_loss
 from megjax.models import time_ids, unet
 from tests.small import CONFIG
 
