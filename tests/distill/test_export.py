@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from megjax import weights
-from megjax.distill.export import add_delta, copy_backbone, delta, save_weights
+from megjax.distill.export import add_delta, average, copy_backbone, delta, save_weights
 from megjax.models import Network, UNetConfig
 
 
@@ -37,6 +37,15 @@ def test_delta_merges_into_any_fine_tune(tmp_path):
     np.testing.assert_allclose(merged["conv_in"]["kernel"], expected, atol=2e-5)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tuned)
     assert add_delta(half, stored)["conv_in"]["kernel"].dtype == jnp.bfloat16
+
+
+def test_students_are_averaged_in_float32():
+    teacher, student, _ = trees()
+    half = jax.tree.map(lambda x: x.astype(jnp.float16), student)
+    mean = average([teacher, student, half])["conv_in"]["kernel"]
+    assert mean.dtype == jnp.float32
+    want = (teacher["conv_in"]["kernel"] + 2 * student["conv_in"]["kernel"]) / 3
+    np.testing.assert_allclose(mean, want, atol=1e-3)
 
 
 def test_a_backbone_is_copied_with_its_new_parts(tmp_path):
