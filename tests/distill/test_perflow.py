@@ -16,6 +16,7 @@ from megjax.distill.perflow import (
     draw_times,
     noisy_start,
     solve_window,
+    trajectory_windows,
     window_target,
 )
 from megjax.errors import MegError
