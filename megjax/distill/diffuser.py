@@ -163,12 +163,16 @@ def distillation(config: DiffuserConfig, pipeline: Pipeline) -> Program:
         pipeline: its networks, schedule and sizes; of its parameters only the shapes are read.
 
     Raises:
-        MegError: `chained` without `solve_once`, or `rollout` without `chained`.
+        MegError: `chained` without `solve_once`, `rollout` without `chained`, or a width that is not above 0.
     """
     if config.chained and not config.solve_once:
         raise MegError("chained: only windows solved beforehand can be; add --solve-once")
     if config.rollout and not config.chained:
         raise MegError(f"rollout {config.rollout}: it needs the teacher's whole trajectories; add --chained")
+    if config.rollout_width is not None and config.rollout_width <= 0:
+        raise MegError(
+            f"rollout_width {config.rollout_width}: above 0 is allowed; leave it out for squared errors"
+        )
     teacher = pipeline.unet
     options = Options(dtype=config.dtype, remat=config.remat, attention=config.attention)
     loss = distillation_loss(config, pipeline, unet(teacher.config, options))

@@ -61,6 +61,8 @@ def test_a_whole_way_needs_chained_windows(pipeline):
     assert "rollout" in metrics
     with pytest.raises(MegError, match="add --chained"):
         distillation(dataclasses.replace(config, chained=False), pipeline)
+    with pytest.raises(MegError, match="above 0 is allowed"):
+        distillation(dataclasses.replace(config, rollout_width=0.0), pipeline)
     with pytest.raises(MegError, match="add --solve-once"):
         distillation(dataclasses.replace(config, solve_once=False), pipeline)
 

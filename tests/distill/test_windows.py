@@ -18,8 +18,6 @@ from megjax.pipeline import load_pipeline
 from tests.distill.flows import toy_unet
 
 SCHED = schedule()
-
-
 EMPTY = jnp.zeros((1, 3, 2)), jnp.zeros((1, 2))
 Z0 = np.random.default_rng(0).normal(size=(5, 2, 2, 1)).astype(np.float16)
 HEARD = np.linspace(0.0, 0.4, 5, dtype=np.float16)
