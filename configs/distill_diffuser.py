@@ -32,9 +32,9 @@ LAION = DataConfig(
 )
 
 TINY = DiffuserConfig(
-    data=DataConfig(pictures=16384),
+    data=DataConfig(pictures=8192),
     folder=Path("runs/diffuser/tiny"),
-    steps=8500,
+    steps=6000,
     learning_rate=4e-4,
     decay=True,
     measure="velocity",

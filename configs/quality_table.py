@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from eval.quality_table import QualityTableConfig
+from eval.quality_table.table import QualityTableConfig
 
 TINY = QualityTableConfig()
 """MEG-Tiny, 48 pictures: `python -m eval.quality_table tiny`, one CPU core, minutes.

@@ -25,6 +25,7 @@ from megjax.data.grammar import captions
 from megjax.data.photos import HELD_OUT, load_photos, random_crops
 from megjax.data.render import render
 from megjax.data.scenes import Split, sample_scenes
+from megjax.files import write_file
 from megjax.pipeline import Pipeline, load_pipeline
 from megjax.pipeline.split import condition, decode, denoise
 from megjax.text import tokenize
@@ -109,9 +110,7 @@ def main(config: Config) -> None:
     text = json.dumps(result, indent=2)
     print(text)
     if config.output is not None:
-        temporary = config.output.with_suffix(".tmp")
-        temporary.write_text(text + "\n")
-        temporary.replace(config.output)
+        write_file(config.output, text + "\n")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from megjax.allocator import keep_freed_memory
 from megjax.data.grammar import captions
 from megjax.data.scenes import sample_scenes
 from megjax.diffusion import Conditioning
+from megjax.files import write_file
 from megjax.models import Params
 from megjax.pipeline import Pipeline, load_pipeline
 from megjax.pipeline.split import Sampler, condition, decode, denoise, unet_params
@@ -217,9 +218,7 @@ def main(config: Config) -> None:
     text = json.dumps(result, indent=2)
     print(text)
     if config.output is not None:
-        temporary = config.output.with_suffix(".tmp")
-        temporary.write_text(text + "\n")
-        temporary.replace(config.output)
+        write_file(config.output, text + "\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megjax.files import write_file
+
 
 class Timing(NamedTuple):
     """Seconds of one call: by the clock, and of the processor, which other load disturbs less."""
@@ -71,6 +73,4 @@ def ratios(results: list[dict], field: str) -> list[float]:
 def save(path: Path | None, report: Any) -> None:
     """Write the report as JSON, if a path is given."""
     if path is not None:
-        temporary = path.with_suffix(path.suffix + ".part")
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
-        os.replace(temporary, path)
+        write_file(path, json.dumps(report, indent=2) + "\n")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from eval.load.drive import Outcome, Sample
+from megjax.files import write_file
 
 INK, FAINT, TEAL, AMBER, BLUE = "#1f2630", "#c9d0d9", "#2a9d8f", "#b8700a", "#2f6fb7"
 PERCENTILES = (50, 90, 95, 99)
@@ -114,9 +113,5 @@ def draw(numbers: dict[str, Any], outcomes: Sequence[Outcome], samples: Sequence
 
 def save(folder: Path, numbers: dict[str, Any], picture: bytes) -> None:
     """Write both files, each beside its place and then renamed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (("load.json", json.dumps(numbers, indent=2).encode()), ("load.png", picture)):
-        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, folder / name)
+    write_file(folder / "load.json", json.dumps(numbers, indent=2))
+    write_file(folder / "load.png", picture)

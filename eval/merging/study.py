@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from megjax.data.photos import HELD_OUT, load_photos, random_crops
 from megjax.data.render import render
 from megjax.data.scenes import sample_scenes
 from megjax.errors import MegError
+from megjax.files import replacing, write_file
 from megjax.pipeline.load import Pipeline, load_pipeline
 from megjax.pipeline.split import decode, encode
 
@@ -111,11 +111,11 @@ def run(config: MergingStudyConfig) -> dict[str, Any]:
             "methods": {name: summary(mine[TOMESD], curve) for name, curve in mine.items()},
         }
     config.folder.mkdir(parents=True, exist_ok=True)
-    write(config.folder / "results.json", json.dumps(results, indent=1))
-    write(config.folder / "table.md", table(results))
+    write_file(config.folder / "results.json", json.dumps(results, indent=1) + "\n")
+    write_file(config.folder / "table.md", table(results) + "\n")
     plot(results, config.folder / "merging-study.png")
     if config.document is not None:
-        write(config.document, f"{prose}{FIGURES}\n\n{table(results)}")
+        write_file(config.document, f"{prose}{FIGURES}\n\n{table(results)}\n")
         plot(results, config.document.parent / "images" / "merging-study.png")
     return results
 
@@ -263,12 +263,5 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("MSE after the decoder, pixels in [0, 1]")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    figure.savefig(path.with_suffix(".tmp"), format="png", dpi=110)
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text + "\n")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from flax import serialization
+
+from megjax.files import write_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,12 +58,9 @@ def read(path: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
 
 
 def write(path: Path, value: dict[str, Any]) -> None:
-    """Store nested dicts and lists of numbers, strings and arrays: beside the file, then in its place."""
+    """Store nested dicts and lists of numbers, strings and arrays."""
     payload = serialization.msgpack_serialize(_lists(value))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(hashlib.sha256(payload).digest() + payload)
-    os.replace(temporary, path)
+    write_file(path, hashlib.sha256(payload).digest() + payload)
 
 
 def _lists(value: Any) -> Any:

@@ -26,6 +26,7 @@ from eval.suite.table1 import table1
 from eval.suite.table2 import table2
 from eval.suite.timing import timings
 from megjax.errors import MegError
+from megjax.files import write_file
 
 MAKE: dict[str, Callable[[Context], Record]] = {
     "table1": table1,
@@ -96,18 +97,18 @@ def run(
 
 
 def write(out: Path, results: Record, text: str, say: Callable[[str], None] = print) -> None:
-    """Write the results and all that is drawn from them, each file beside its place first."""
-    _write(out / "results.json", text.encode())
+    """Write the results and all that is drawn from them."""
+    write_file(out / "results.json", text)
     drawn: dict[str, dict[str, bytes]] = {}
     for item in results["items"].values():
         for table in item["tables"]:
-            _write(out / "tables" / f"{table['id']}.csv", csv_text(table).encode())
-            _write(out / "tables" / f"{table['id']}.md", markdown(table).encode())
+            write_file(out / "tables" / f"{table['id']}.csv", csv_text(table))
+            write_file(out / "tables" / f"{table['id']}.md", markdown(table))
         for figure in item["figures"]:
             drawn[figure["id"]] = draw(figure)
             for suffix, content in drawn[figure["id"]].items():
-                _write(out / "figures" / f"{figure['id']}{suffix}", content)
-    _write(out / "report.html", report(results, drawn).encode())
+                write_file(out / "figures" / f"{figure['id']}{suffix}", content)
+    write_file(out / "report.html", report(results, drawn))
     say(f"{out / 'report.html'}: {', '.join(results['items'])}")
 
 
@@ -119,7 +120,7 @@ def prepare(out: Path) -> None:
     """
     try:
         (out / "cache").mkdir(parents=True, exist_ok=True)
-        _write(out / ".writable", b"")
+        write_file(out / ".writable", b"")
         (out / ".writable").unlink()
     except OSError as error:
         raise MegError(f"--out {out} cannot be written: {error.strerror or error}") from None
@@ -129,13 +130,6 @@ def _plain(config: SuiteConfig) -> Record:
     fields = dataclasses.asdict(config)
     # Where results are written does not belong to them.
     return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items() if k not in ("out", "only")}
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def cache_compilations(out: Path) -> None:

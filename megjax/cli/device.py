@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megjax.cli.output import engineering, save, to_uint8, writable
+from megjax.cli.output import engineering, png_output, save, to_uint8
 from megjax.errors import MegError
 from megjax.models import Options
 from megjax.pipeline.device import load_device
@@ -86,7 +86,7 @@ class Device:
 def device_command(args: tyro.conf.OmitArgPrefixes[Device]) -> None:
     """Ask a server for a picture, receive its message and decode it here."""
     client = _client()
-    output = writable(args.output)
+    output = png_output(args.output)
     if (args.height is None) != (args.width is None):
         raise MegError("height and width: give both or neither")
     if not 0 <= args.seed < 2**32:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,6 +10,7 @@ import tyro
 from rich.console import Console
 
 from megjax.errors import MegError
+from megjax.files import writable, write_file
 from megjax.models import Options
 from megjax.pipeline.device import carried_shapes, export_device, load_device, picture_mse, token_grid
 from megjax.pipeline.int8 import quantised
@@ -46,10 +46,7 @@ class ExportUe:
 
 def export_ue_command(args: tyro.conf.OmitArgPrefixes[ExportUe]) -> None:
     """Write the device's half as a portable StableHLO artifact, its weights inside."""
-    if not args.output.absolute().parent.is_dir():
-        raise MegError(f"output {args.output}: there is no folder {args.output.parent}; create it first")
-    if args.output.is_dir():
-        raise MegError(f"output {args.output}: is a folder; choose a file")
+    writable(args.output)
     if (args.height is None) != (args.width is None):
         raise MegError("height and width: give both or neither")
     size = None if args.height is None or args.width is None else (args.height, args.width)
@@ -59,9 +56,7 @@ def export_ue_command(args: tyro.conf.OmitArgPrefixes[ExportUe]) -> None:
         rounded = device._replace(params=quantised(device.params))
         error, device = picture_mse(device, rounded), rounded
     artifact = export_device(device, args.platforms, args.layout)
-    temporary = args.output.with_name(f".{args.output.name}.tmp")
-    temporary.write_bytes(artifact)
-    os.replace(temporary, args.output)
+    write_file(args.output, artifact)
     console = Console()
     if error is not None:
         console.print(f"int8 weights change its pictures by an MSE of {error:.2e}", highlight=False)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from megjax.cli.output import engineering, save, to_uint8, writable
+from megjax.cli.output import engineering, png_output, save, to_uint8
 from megjax.errors import MegError
 from megjax.link import channel, profiles
 from megjax.link.cost import FrameCost, frame_cost
@@ -93,7 +93,7 @@ class Generate:
 
 def generate_command(args: tyro.conf.OmitArgPrefixes[Generate]) -> None:
     """Generate a picture through the split and print what it cost."""
-    output = writable(args.output)
+    output = png_output(args.output)
     snr = _link_snr(args)
     if args.policy is not None:
         choice = act(load_policy(args.policy), float(channel.to_db(snr)), limits=args.limits)

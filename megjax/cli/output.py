@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from megjax.errors import MegError
+from megjax.files import replacing, writable
 
 
-def writable(path: Path) -> Path:
-    """Refuse an output that cannot be written before anything is computed."""
-    folder = path.parent
+def png_output(path: Path) -> Path:
+    """Return `path` if a PNG can be written there.
+
+    Raises:
+        MegError: another suffix; see `megjax.files.writable`.
+    """
     if path.suffix.lower() != ".png":
         raise MegError(f"output {path}: give a file name that ends in .png")
-    if not folder.is_dir():
-        raise MegError(f"output {path}: there is no folder {folder}; create it first")
-    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise MegError(f"output {path}: not writable; choose another file")
-    return path
+    return writable(path)
 
 
 def save(path: Path, picture: Image.Image) -> None:
-    """Write a PNG beside its place, then rename it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    picture.save(temporary, format="PNG")
-    temporary.replace(path)
+    """Write a whole PNG."""
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:

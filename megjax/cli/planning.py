@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,12 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from megjax.cli.plan import Plan
 from megjax.distill.diffuser import DiffuserConfig
+from megjax.files import write_file
 from megjax.models import Options
 from megjax.pipeline.load import Pipeline
 from megjax.plan.account import Account
 from megjax.plan.chips import GIB, Topology, topology
+from megjax.plan.config import PlanConfig
 from megjax.plan.programs import (
     Lowered,
     ProgramName,
@@ -35,7 +35,7 @@ from megjax.plan.report import Report, advice, compile_report, largest_images
 TITLES = {"train": "distillation step", "sample": "sampling, {} guided steps", "decode": "decoding"}
 
 
-def plan(args: Plan) -> bool:
+def plan(args: PlanConfig) -> bool:
     """Compile the programs and print a table for each; returns whether all fit."""
     chips = topology(args.topology)
     pipeline = backbone(args.backbone, Options("bfloat16", "bfloat16"))
@@ -66,25 +66,25 @@ def plan(args: Plan) -> bool:
             print(f"megjax: {name}: {line}", file=sys.stderr)
         figures[name] = _figures(report, did, largest, hint)
     if args.json is not None:
-        temporary = args.json.with_name(f".{args.json.name}.tmp")
-        temporary.write_text(json.dumps(figures, indent=2) + "\n")
-        os.replace(temporary, args.json)
+        write_file(args.json, json.dumps(figures, indent=2) + "\n")
     return fits
 
 
-def _parts(args: Plan, devices: int) -> int:
+def _parts(args: PlanConfig, devices: int) -> int:
     return devices // (max(args.replicas, 1) * max(args.tensor, 1)) if args.fsdp == -1 else args.fsdp
 
 
 def _compiled(
-    args: Plan, name: ProgramName, pipeline: Pipeline, chips: Topology, images: int
+    args: PlanConfig, name: ProgramName, pipeline: Pipeline, chips: Topology, images: int
 ) -> tuple[Report, Account | None]:
     with _progress(f"{args.topology}: compiling {name}, {images} a device"):
         lowered = _lowered(args, name, pipeline, chips.devices, images)
         return compile_report(name, lowered, chips, quick=args.quick)
 
 
-def _lowered(args: Plan, name: ProgramName, pipeline: Pipeline, devices: list[Any], images: int) -> Lowered:
+def _lowered(
+    args: PlanConfig, name: ProgramName, pipeline: Pipeline, devices: list[Any], images: int
+) -> Lowered:
     if name == "sample":
         return lower_sampling(pipeline, devices[0], batch=images, steps=args.steps)
     if name == "decode":
@@ -121,7 +121,7 @@ def _progress(text: str) -> Iterator[None]:
         yield
 
 
-def _table(args: Plan, report: Report, largest: int | None, hint: str) -> Table:
+def _table(args: PlanConfig, report: Report, largest: int | None, hint: str) -> Table:
     title = TITLES[report.program].format(args.steps)
     table = Table("a device", "", title=f"{args.backbone}, {report.topology}: {title}")
     for part, size in report.parts.items():

@@ -6,12 +6,12 @@ import contextlib
 import json
 import math
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from megjax.client.channel import Throughput
+from megjax.files import write_file
 
 LASTS_S = 600.0
 """A measurement that is older is forgotten."""
@@ -56,11 +56,7 @@ def remember(server: str, known: Throughput, now_s: float | None = None) -> None
     entries[server] = {"bits": known.bits, "seconds": known.seconds, "at_s": now_s}
     path = _path()
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "w") as file:
-            json.dump(entries, file)
-        os.replace(temporary, path)
+        write_file(path, json.dumps(entries))
 
 
 def _path() -> Path:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from megjax.errors import MegError, WeightsError
 
-Denoise = Callable[[Float[Array, "B H W C"], Int[Array, "B"]], Float[Array, "B H W C"]]
+Denoise = Callable[[Float[Array, "B H W C"], Int[Array, " B"]], Float[Array, "B H W C"]]
 """Predicts the noise: (z_t, t) -> eps. Parameters, text and guidance are bound in it."""
 
 Spacing = Literal["leading", "trailing"]
@@ -36,7 +36,7 @@ class Schedule:
         offset: added to `leading` timesteps.
     """
 
-    abar: Float[Array, S]
+    abar: Float[Array, " S"]
     spacing: Spacing = "leading"
     offset: int = 1
 
@@ -113,7 +113,7 @@ def noised(
     sched: Schedule,
     z0_BxHxWxC: Float[Array, "B H W C"],
     noise_BxHxWxC: Float[Array, "B H W C"],
-    t_B: Int[Array, B],
+    t_B: Int[Array, " B"],
 ) -> Float[Array, "B H W C"]:
     """Eq. (10): sqrt(abar_t) z_0 + sqrt(1 - abar_t) n."""
     abar = sched.abar[t_B][:, None, None, None]

@@ -71,7 +71,7 @@ def velocity(
     sched: Schedule,
     output_BxHxWxC: Float[Array, "B H W C"],
     z_BxHxWxC: Float[Array, "B H W C"],
-    t_B: Int[Array, B],
+    t_B: Int[Array, " B"],
     kind: Parametrisation = "ddim_eps",
     windows: int = WINDOWS,
 ) -> Float[Array, "B H W C"]:

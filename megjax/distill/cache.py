@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from megjax.errors import MegError
+from megjax.files import write_file
 
 JUDGED_AFTER = 1000
 """Examples seen before the share of broken ones is judged, or all of them."""
@@ -185,9 +186,7 @@ def _open(folder: Path, parts: list[Path]) -> Cache:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    temporary = _beside(path)
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, default=str))
-    temporary.replace(path)
+    write_file(path, json.dumps(value, indent=1, sort_keys=True, default=str))
 
 
 def _beside(path: Path) -> Path:

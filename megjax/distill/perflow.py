@@ -36,10 +36,10 @@ class Times(NamedTuple):
         trajectory_B: which of the trajectories of `solved_windows`.
     """
 
-    t_B: Int[Array, B]
-    start_B: Int[Array, B]
-    end_B: Int[Array, B]
-    trajectory_B: Int[Array, B]
+    t_B: Int[Array, " B"]
+    start_B: Int[Array, " B"]
+    end_B: Int[Array, " B"]
+    trajectory_B: Int[Array, " B"]
 
 
 class Target(NamedTuple):
@@ -52,7 +52,7 @@ class Target(NamedTuple):
     """
 
     z_BxHxWxC: Float[Array, "B H W C"]
-    t_B: Int[Array, B]
+    t_B: Int[Array, " B"]
     target_BxHxWxC: Float[Array, "B H W C"]
 
 
@@ -68,8 +68,8 @@ class Pairs(NamedTuple):
 
     z_s_BxHxWxC: Float[Array, "B H W C"]
     z_e_BxHxWxC: Float[Array, "B H W C"]
-    start_B: Int[Array, B]
-    end_B: Int[Array, B]
+    start_B: Int[Array, " B"]
+    end_B: Int[Array, " B"]
 
 
 def trajectory_windows(windows: int = WINDOWS, draws: tuple[int, ...] = ()) -> tuple[int, ...]:
@@ -124,8 +124,8 @@ def draw_times(
 def solve_window(
     teacher: Denoise,
     z_s_BxHxWxC: Float[Array, "B H W C"],
-    start_B: Int[Array, B],
-    end_B: Int[Array, B],
+    start_B: Int[Array, " B"],
+    end_B: Int[Array, " B"],
     sched: Schedule,
     solver_steps: int = 10,
     solver_order: SolverOrder = 1,
@@ -171,7 +171,7 @@ def noisy_start(
     noise_BxHxWxC: Float[Array, "B H W C"],
     z0_BxHxWxC: Float[Array, "B H W C"],
     sched: Schedule,
-    start_B: Int[Array, B],
+    start_B: Int[Array, " B"],
     pure_noise: bool = False,
 ) -> Float[Array, "B H W C"]:
     """Latents noised to each window's start, Eq. (10): sqrt(abar_s) z_0 + sqrt(1 - abar_s) n.
@@ -195,7 +195,7 @@ def noisy_start(
 
 
 def chord_target(
-    pairs: Pairs, t_B: Int[Array, B], sched: Schedule, kind: Parametrisation = "ddim_eps"
+    pairs: Pairs, t_B: Int[Array, " B"], sched: Schedule, kind: Parametrisation = "ddim_eps"
 ) -> Target:
     """z_t on the chord, z_s + (z_e - z_s)(t - s)/(e - s), and the student's target there, Eq. (12).
 

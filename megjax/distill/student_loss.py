@@ -73,7 +73,7 @@ def regression(
     prediction_BxHxWxC: Float[Array, "B H W C"],
     target_BxHxWxC: Float[Array, "B H W C"],
     huber: float | None = None,
-) -> Float[Array, B]:
+) -> Float[Array, " B"]:
     """Each latent's mean squared error in float32, or its mean Huber loss of width `huber`."""
     error = prediction_BxHxWxC.astype(jnp.float32) - target_BxHxWxC.astype(jnp.float32)
     loss = jnp.square(error) if huber is None else 2.0 * optax.losses.huber_loss(error, delta=huber)
@@ -89,7 +89,7 @@ def student_errors(
     windows: int = WINDOWS,
     huber: float | None = None,
     measure: Measure = "output",
-) -> Float[Array, B]:
+) -> Float[Array, " B"]:
     """Each latent's distance from its target.
 
     Measured in the output, an error weighs alike in all windows, though one in the noisiest moves the latent
@@ -121,7 +121,7 @@ def rollout_errors(
     *,
     kind: Parametrisation = "ddim_eps",
     windows: int = WINDOWS,
-) -> Float[Array, B]:
+) -> Float[Array, " B"]:
     """Each latent's mean squared distance from its teacher's at the end of the student's K steps.
 
     A window's error is not all alike to the picture: what decides the layout grows in every window after it,
@@ -142,7 +142,7 @@ def rollout_errors(
     return regression(z, z0_BxHxWxC)
 
 
-def pseudo_huber(error_B: Float[Array, B], width: float) -> Float[Array, B]:
+def pseudo_huber(error_B: Float[Array, " B"], width: float) -> Float[Array, " B"]:
     """2 w^2 (sqrt(1 + e/w^2) - 1) of mean squared errors e: e where it is small, 2 w sqrt(e) where large."""
     return 2 * width**2 * (jnp.sqrt(1 + error_B / width**2) - 1)
 
@@ -294,7 +294,7 @@ def solved_loss(
 
 
 def window_metrics(
-    error_B: Float[Array, B], t_B: Int[Array, B], sched: Schedule, windows: int = WINDOWS
+    error_B: Float[Array, " B"], t_B: Int[Array, " B"], sched: Schedule, windows: int = WINDOWS
 ) -> Metrics:
     """Mean error of each window, the noisiest first."""
     start_B, _ = window_edges(sched, t_B, windows)

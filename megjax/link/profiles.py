@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from megjax.errors import MegError
+from megjax.files import write_file
 from megjax.link.cost import SDXL, Compute, Workload
 
 
@@ -116,11 +115,7 @@ def load(name: str | Path, device: str = "phone_flagship") -> AnyProfile:
 
 def save(profile: AnyProfile, path: Path) -> None:
     """Write a profile as JSON, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(handle, "w") as file:
-        json.dump(asdict(profile), file, indent=2)
-    os.replace(temporary, path)
+    write_file(path, json.dumps(asdict(profile), indent=2))
 
 
 def compute(

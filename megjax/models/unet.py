@@ -185,7 +185,7 @@ class UNet(nnx.Module):
     def __call__(
         self,
         z_BxHxWxC: Float[Array, "B H W C"],
-        t_B: Num[Array, B],
+        t_B: Num[Array, " B"],
         text_BxLxE: Float[Array, "B L E"],
         pooled_BxP: Float[Array, "B P"],
         sizes_Bx6: Num[Array, "B 6"],

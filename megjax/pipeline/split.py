@@ -39,7 +39,7 @@ class Received(NamedTuple):
     """
 
     z_BxHxWxC: Float[Array, "B H W C"]
-    tokens_B: Int[Array, B]
+    tokens_B: Int[Array, " B"]
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("size",))

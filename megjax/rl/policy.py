@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +14,7 @@ import safetensors.numpy
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from megjax.errors import MegError
+from megjax.files import write_file
 from megjax.rl import networks
 from megjax.rl.algorithm import PolicyParams
 from megjax.rl.env import EnvParams, denoising_steps
@@ -110,11 +109,7 @@ def save_policy(path: Path, policy: Policy) -> None:
         tensors |= {f"actor.{i}.weight": weight, f"actor.{i}.bias": bias}
     metadata = {"format": FORMAT, "info": json.dumps(policy.info._asdict())}
     data = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, metadata)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-    os.replace(temporary, path)
+    write_file(path, data)
 
 
 def load_policy(path: Path) -> Policy:

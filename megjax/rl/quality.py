@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from megjax.errors import MegError
+from megjax.files import replacing
 
 QualitySource: TypeAlias = Callable[
     [PRNGKeyArray, Float[Array, ""], Float[Array, ""], Float[Array, ""]], Float[Array, ""]
@@ -107,9 +106,7 @@ def mean_table(table: Table) -> Table:
 
 def save_table(path: Path, table: Table) -> None:
     """Write a table as one .npz file, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(handle, "wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(
             file,
             mse=np.exp(table.log_mse_PxTxRxS).astype(np.float32),
@@ -118,8 +115,6 @@ def save_table(path: Path, table: Table) -> None:
             psnrs_db=table.psnrs_db,
             about=np.asarray(json.dumps(table.about)),
         )
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
 
 
 def load_table(path: str | Path) -> Table:

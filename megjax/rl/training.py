@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ from jax.sharding import AxisType, PartitionSpec
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megjax.errors import MegError
+from megjax.files import replacing, write_file
 from megjax.link import profiles
 from megjax.rl import networks, optimum
 from megjax.rl.algorithm import Algorithm, PolicyParams
@@ -146,7 +145,7 @@ def train_policies(
             found = judge(policy, pair, int(seed))
             record = {"limits": pair, "seed": int(seed), "policy": str(path), "optimum": best[pair]}
             results.append(record | found)
-    _write(config.folder / "results.json", json.dumps(results, indent=2))
+    write_file(config.folder / "results.json", json.dumps(results, indent=2))
     return results
 
 
@@ -295,7 +294,7 @@ def _keep_lines(path: Path, epoch: int) -> None:
         with contextlib.suppress(json.JSONDecodeError):
             if json.loads(line)["epoch"] <= epoch:
                 kept.append(line + "\n")
-    _write(path, "".join(kept))
+    write_file(path, "".join(kept))
 
 
 def draw(log_path: Path, path: Path) -> None:
@@ -325,9 +324,8 @@ def draw(log_path: Path, path: Path) -> None:
     handles, labels = axes[0].get_legend_handles_labels()
     place: Any = "outside right"  # newer than the types of some releases
     figure.legend(handles=handles, labels=labels, title="limits (dashed: optimum, limit)", loc=place)
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=150)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)
 
 
 def _judge(
@@ -382,11 +380,4 @@ def _claim(config: PolicyRunConfig, table: optimum.Tables) -> None:
         raise MegError(
             f"{config.folder} holds a run with other settings: choose another --folder or remove it"
         )
-    _write(path, text)
-
-
-def _write(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    write_file(path, text)

@@ -27,6 +27,7 @@ from jaxtyping import Array, Key
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from megjax.errors import MegError
+from megjax.files import write_file
 from megjax.training.step import TrainState
 
 Say = Callable[[str], None]
@@ -206,9 +207,7 @@ def seal(manager: ocp.CheckpointManager) -> None:
             path.unlink()
     for name, path in steps.items():
         if not (folder / f"{name}.json").exists():
-            temporary = folder / f".{name}.json"
-            temporary.write_text(json.dumps(_manifest(path), indent=1))
-            temporary.replace(folder / f"{name}.json")
+            write_file(folder / f"{name}.json", json.dumps(_manifest(path), indent=1))
 
 
 def save_failure(folder: Path, state: TrainState, batch: Any, key: Key[Array, ""]) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from megjax.errors import MegError
+from megjax.files import replacing
 
 
 def draw_curves(folder: Path, names: tuple[str, ...], output: Path) -> None:
@@ -33,6 +34,5 @@ def draw_curves(folder: Path, names: tuple[str, ...], output: Path) -> None:
         axes.plot([r["step"] for r in records], [r["loss"] for r in records])
         axes.set(title=name, xlabel="step", ylabel="training loss", yscale="log")
         axes.grid(alpha=0.3)
-    temporary = output.with_name(f".{output.name}")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(output)
+    with replacing(output) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

@@ -47,7 +47,7 @@ def denoiser_loss(
     schedule: Schedule,
     *,
     size: tuple[int, int],
-    empty_L: Int[Array, L],
+    empty_L: Int[Array, " L"],
     text_drop: float,
     batch: int,
     emphasis: Emphasis,

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megjax import flops
 from megjax.errors import MegError
+from megjax.files import replacing, write_file
 from megjax.training.step import Step, TrainState
 
 
@@ -154,9 +155,7 @@ def open_logs(folder: Path, name: str, steps: int, *, tensorboard: bool = False)
         def rewind(step: int) -> None:
             nonlocal file
             file.close()
-            temporary = path.with_name(f".{path.name}")
-            temporary.write_text("".join(_until(path, step)))
-            temporary.replace(path)
+            write_file(path, "".join(_until(path, step)))
             file = path.open("a")
 
         def write(values: Mapping[str, Any]) -> None:
@@ -196,10 +195,8 @@ def _until(path: Path, step: int) -> Iterator[str]:
 
 def save_png(path: Path, picture_HxWx3: Float[np.ndarray, "H W 3"]) -> None:
     """Write a picture in [0, 1], first beside its place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    Image.fromarray(_bytes(picture_HxWx3)).save(temporary, format="PNG")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        Image.fromarray(_bytes(picture_HxWx3)).save(temporary, format="PNG")
 
 
 def _bytes(picture: np.ndarray) -> np.ndarray:

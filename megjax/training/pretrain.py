@@ -17,6 +17,7 @@ from megjax.data.render import render
 from megjax.data.scenes import sample_scenes
 from megjax.data.tokenizer import token_ids, vocabulary, write_tokenizer
 from megjax.diffusion import schedule
+from megjax.files import replacing
 from megjax.models import (
     CLIPTextConfig,
     Network,
@@ -158,9 +159,8 @@ def latent_pool(config: PretrainConfig, encoder_params: Params, key: Key[Array, 
     keys = [jax.random.fold_in(key, i) for i in range(config.pool // POOL_BATCH)]
     parts = [jax.device_get(encode(encoder_params, key)) for key in keys]
     latents, ids = (np.concatenate(part) for part in zip(*parts, strict=True))
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, latents=latents, ids=ids)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        np.savez(temporary, latents=latents, ids=ids)
     return _normalised(config.vae, latents, ids)
 
 

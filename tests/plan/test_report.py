@@ -12,12 +12,12 @@ import pytest
 
 from megjax import flops
 from megjax.cli import main
-from megjax.cli.plan import Plan
 from megjax.errors import MegError
 from megjax.models import Options, UNetConfig, unet
 from megjax.models.placement import is_stacked, partition
 from megjax.plan import programs, report
 from megjax.plan.chips import CHIPS, GIB, Topology, parse
+from megjax.plan.config import PlanConfig
 from megjax.plan.report import Report, advice, largest_images, smallest
 
 TRAIN = Report(
@@ -179,7 +179,7 @@ def test_what_does_not_fit_exits_with_3(monkeypatch, capsys, tmp_path):
 
 
 def test_bad_numbers_are_one_line(monkeypatch, capsys, tmp_path):
-    assert Plan("tiny", "v5e:2x4").images == 1
+    assert PlanConfig("tiny", "v5e:2x4").images == 1
     for args in (("--images", "0"), ("--json", str(tmp_path / "no" / "plan.json"))):
         code, _, err = run(monkeypatch, capsys, "tiny", "--topology", "v5e:2x4", *args)
         assert code == 2

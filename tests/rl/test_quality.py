@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eval.quality_table import QualityTableConfig, live, measure, summary, weights_hash
+from eval.quality_table.table import QualityTableConfig, live, measure, summary, weights_hash
 from megjax.errors import MegError
 from megjax.link import channel
 from megjax.link.payload import payload_bits

@@ -1,4 +1,4 @@
-"""`python -m eval.quality_table tiny`: a backbone's quality as a table, for training policies on it.
+"""A backbone's quality as a table, for training policies on it.
 
 Pictures of fresh captions are denoised with every number of steps, sent at every ratio and PSNR, and decoded
 by the device's decoder; the MSE against the clean reference (12 steps, nothing merged, perfect channel, the
@@ -9,25 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import Array, Float, PRNGKeyArray
 from rich.progress import track
 
 from megjax.data.grammar import captions
 from megjax.data.scenes import sample_scenes
-from megjax.errors import MegError
 from megjax.link.features import FeatureRules
-from megjax.pipeline import Pipeline, load_pipeline
+from megjax.pipeline import Pipeline
 from megjax.pipeline.generate import REFERENCE_STEPS
 from megjax.pipeline.split import condition, decode, denoise, send, unet_params
-from megjax.rl.quality import QualitySource, Table, decoded_mse, make_table, save_table
+from megjax.rl.quality import QualitySource, Table, decoded_mse, make_table
 from megjax.text import tokenize
 
 
@@ -144,20 +141,3 @@ def summary(table: Table) -> str:
     for steps, row in zip(table.steps, mean, strict=True):
         lines.append(f"{int(steps):3d} " + " ".join(f"{mse:8.5f}" for mse in row))
     return "\n".join(lines)
-
-
-def main(config: QualityTableConfig) -> None:
-    """Measure, save, print."""
-    table = measure(load_pipeline(config.model), config)
-    save_table(config.output, table)
-    print(summary(table))
-    print(f"written to {config.output}: {config.output.stat().st_size / 1e3:.0f} kB")
-
-
-if __name__ == "__main__":
-    from configs.quality_table import PRESETS
-
-    try:
-        main(tyro.extras.overridable_config_cli(PRESETS))
-    except MegError as error:
-        sys.exit(f"error: {error}")

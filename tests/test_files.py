@@ -1,0 +1,45 @@
+"""Files are whole or not there."""
+
+import os
+import stat
+
+import pytest
+
+from megjax.errors import MegError
+from megjax.files import replacing, writable, write_file
+
+
+def test_a_file_is_replaced_whole_and_readable_by_others(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    umask = os.umask(0o022)
+    try:
+        write_file(path, "one")
+        write_file(path, b"two")
+    finally:
+        os.umask(umask)
+    assert path.read_text() == "two"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_fails_half_way_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file.txt"
+    write_file(path, "old")
+    with pytest.raises(RuntimeError, match="disk"), replacing(path) as temporary:
+        temporary.write_text("ne")
+        assert path.read_text() == "old"
+        raise RuntimeError("disk full")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_places_that_cannot_be_written_are_refused(tmp_path):
+    assert writable(tmp_path / "file") == tmp_path / "file"
+    with pytest.raises(MegError, match="json .*: there is no folder .*; create it first"):
+        writable(tmp_path / "no" / "file", "json")
+    with pytest.raises(MegError, match="output .*: is a folder"):
+        writable(tmp_path)
+    if os.geteuid():  # root may write everywhere
+        tmp_path.chmod(0o500)
+        with pytest.raises(MegError, match="not writable"):
+            writable(tmp_path / "file")
