@@ -6,7 +6,8 @@
 
 On two CPU cores: 20 minutes for the autoencoder, 5 for the text encoders, 15 for the U-Net at high noise,
 where the layout is decided, 70 at all noise, 10 for the decoder. It resumes. To go on from a finished one:
-`--start FOLDER --layout-steps 0 --coarse-steps 0`. How the weights that ship were made stands beside them.
+`--start runs/tiny/model --layout-steps 0 --coarse-steps 0 --folder runs/more`, since in the old folder all is
+done. How the weights that ship were made stands beside them.
 `python -m eval.backbone --model runs/tiny/model` then says how good it is.
 """
 

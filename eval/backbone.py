@@ -21,14 +21,15 @@ import tyro
 from rich.progress import track
 
 from eval.captions import Score, check
+from eval.prompts import draw, prompts_of
 from megjax.data.grammar import captions
 from megjax.data.photos import HELD_OUT, load_photos, random_crops
 from megjax.data.render import render
 from megjax.data.scenes import Split, sample_scenes
-from megjax.files import write_file
+from megjax.errors import MegError, one_line_errors
+from megjax.files import writable, write_file
 from megjax.pipeline import Pipeline, load_pipeline
-from megjax.pipeline.split import condition, decode, denoise
-from megjax.text import tokenize
+from megjax.pipeline.split import decode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,19 +49,6 @@ class Config:
     """Also write the figures here, as JSON."""
 
 
-def draw(pipeline: Pipeline, prompts: list[str], steps: int, guidance: float, key: jax.Array) -> np.ndarray:
-    """Pictures of the prompts over a perfect channel, (B, H, W, 3)."""
-    size = (pipeline.image_size,) * 2
-    params = pipeline.params
-    ids = jnp.asarray(tokenize(pipeline.tokenizers, prompts))
-    empty_ids = jnp.asarray(tokenize(pipeline.tokenizers, [""] * len(prompts), allow_empty=True))
-    prompt, empty = (condition(pipeline, params, i, size=size) for i in (ids, empty_ids))
-    config = pipeline.unet.config
-    noise = jax.random.normal(key, (len(prompts), config.sample_size, config.sample_size, config.in_channels))
-    z = denoise(pipeline, params["unet"], noise, prompt, empty, steps, guidance, jnp.zeros_like(noise), 1.0)
-    return np.asarray(decode(pipeline, params["vae_decoder"], z))
-
-
 def caption_accuracy(pipeline: Pipeline, config: Config, split: Split) -> dict[str, Any]:
     """Share of captions whose pictures are right in every attribute named, and of each attribute."""
     key = jax.random.fold_in(jax.random.key(config.seed), split == "held_out")
@@ -68,8 +56,10 @@ def caption_accuracy(pipeline: Pipeline, config: Config, split: Split) -> dict[s
     by_attribute: dict[str, list[int]] = {}
     for i in track(range(0, config.captions, config.batch), f"captions, {split}"):
         key_scene, key_noise = jax.random.split(jax.random.fold_in(key, i))
-        prompts = captions(sample_scenes(key_scene, config.batch, split))
-        score: Score = check(draw(pipeline, prompts, config.steps, config.guidance, key_noise), prompts)
+        texts = captions(sample_scenes(key_scene, config.batch, split))
+        prompts = prompts_of(pipeline, texts, key_noise)
+        z = draw(pipeline, prompts, "ddim", config.steps, config.guidance)
+        score: Score = check(np.asarray(decode(pipeline, pipeline.params["vae_decoder"], z)), texts)
         right += [bool(r) for r in score.right_B]
         for name, (good, total) in score.detail.items():
             counts = by_attribute.setdefault(name, [0, 0])
@@ -90,8 +80,15 @@ def autoencoder_psnr_db(pipeline: Pipeline, images: jax.Array) -> float:
     return float(-10 * jnp.log10(jnp.mean(jnp.square(out - images))))
 
 
+@one_line_errors()
 def main(config: Config) -> None:
     """Measure and print."""
+    if config.batch < 1 or config.captions < 1 or config.captions % config.batch:
+        raise MegError(
+            f"captions {config.captions}, batch {config.batch}: at least 1 caption, a multiple of the batch"
+        )
+    if config.output is not None:
+        writable(config.output)
     pipeline = load_pipeline(config.model)
     size = pipeline.image_size
     scenes = render(sample_scenes(jax.random.key(config.seed), 500, "all"), size)
@@ -114,4 +111,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, prog="python -m eval.backbone"))

@@ -16,7 +16,7 @@ import functools
 import itertools
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +26,16 @@ from jaxtyping import Array, Float
 from rich.progress import track
 
 from eval.captions import check
-from eval.suite.methods import LABELS, Name, bits, level_at, method
+from eval.prompts import Prompts, draw, prompts_of
+from eval.suite.methods import LABELS, PRUNINGS, Name, bits, level_at, method
 from megjax.allocator import keep_freed_memory
 from megjax.data.grammar import captions
 from megjax.data.scenes import sample_scenes
-from megjax.diffusion import Conditioning
-from megjax.files import write_file
+from megjax.errors import MegError, one_line_errors
+from megjax.files import writable, write_file
 from megjax.models import Params
 from megjax.pipeline import Pipeline, load_pipeline
-from megjax.pipeline.split import Sampler, condition, decode, denoise, unet_params
-from megjax.text import tokenize
+from megjax.pipeline.split import Sampler, decode
 
 STEPS = (4, 6, 8, 10, 12)
 RATIOS = tuple(round(0.05 * i, 2) for i in range(20))
@@ -64,40 +64,10 @@ class Config:
     """Also write the figures here, as JSON."""
 
 
-class Prompts(NamedTuple):
-    """A batch of fresh captions, with the noise that every method starts from."""
-
-    texts: list[str]
-    prompt: Conditioning
-    empty: Conditioning
-    noise_BxHxWxC: Array
-    key: Array
-
-
-def fresh_prompts(pipeline: Pipeline, key: Array, batch: int) -> Prompts:
-    """Draw captions and noise."""
+def fresh_prompts(pipeline: Pipeline, key: Array, batch: int) -> tuple[Prompts, Array]:
+    """Draw captions and the noise that every method starts from; return the key of the air, too."""
     key_scene, key_noise, key_air = jax.random.split(key, 3)
-    texts = captions(sample_scenes(key_scene, batch))
-    size = (pipeline.image_size,) * 2
-    ids = jnp.asarray(tokenize(pipeline.tokenizers, texts))
-    none = jnp.asarray(tokenize(pipeline.tokenizers, [""] * batch, allow_empty=True))
-    prompt, empty = (condition(pipeline, pipeline.params, i, size=size) for i in (ids, none))
-    config = pipeline.unet.config
-    shape = (batch, config.sample_size, config.sample_size, config.in_channels)
-    return Prompts(texts, prompt, empty, jax.random.normal(key_noise, shape), key_air)
-
-
-def draw(
-    pipeline: Pipeline, prompts: Prompts, sampler: Sampler, steps: int, guidance: float
-) -> Float[Array, "B H W C"]:
-    """Latents; guidance 1 is one call of the U-Net a step."""
-    noise = prompts.noise_BxHxWxC
-    empty = None if guidance == 1.0 else prompts.empty
-    params, _ = unet_params(pipeline, sampler)
-    start = jnp.zeros_like(noise)
-    return denoise(
-        pipeline, params, noise, prompts.prompt, empty, steps, guidance, start, 1.0, sampler=sampler
-    )
+    return prompts_of(pipeline, captions(sample_scenes(key_scene, batch)), key_noise), key_air
 
 
 def interval(values: Float[np.ndarray, " n"]) -> dict[str, float]:
@@ -120,7 +90,7 @@ def diffuser(pipeline: Pipeline, config: Config) -> dict[str, Any]:
         errors.setdefault(name, []).append(values)
 
     for i in track(range(0, config.captions, config.batch), "diffuser"):
-        prompts = fresh_prompts(pipeline, jax.random.fold_in(jax.random.key(config.seed), i), config.batch)
+        prompts, _ = fresh_prompts(pipeline, jax.random.fold_in(jax.random.key(config.seed), i), config.batch)
 
         def picture(sampler: Sampler, steps: int, guidance: float, prompts: Prompts = prompts) -> Array:
             return decode(pipeline, frozen, draw(pipeline, prompts, sampler, steps, guidance))
@@ -165,13 +135,10 @@ def decoders(pipeline: Pipeline, config: Config) -> dict[str, Any]:
     frozen, psnr_db = pipeline.params["vae_decoder"], jnp.float32(config.psnr_db)
     z_shape = (pipeline.unet.config.sample_size,) * 2 + (pipeline.unet.config.in_channels,)
     sent = bits("meg", z_shape, SENT_RATIO)
-    levels: dict[Name, tuple[float, ...]] = {
-        "split": (0.0,),
-        "split_finetune": (0.0,),
-        "pruning": (level_at("pruning", z_shape, sent),),
-        "pruning_magnitude": (level_at("pruning_magnitude", z_shape, sent),),
-        "meg": RATIOS,
-    }
+    levels: dict[Name, tuple[float, ...]] = {"split": (0.0,), "split_finetune": (0.0,), "meg": RATIOS}
+    for name in PRUNINGS if "gate" in pipeline.params else PRUNINGS[1:]:
+        if (level := level_at(name, z_shape, sent)) is not None:
+            levels[name] = (level,)
     views: dict[str, dict[Name, tuple[int, ...]]] = {
         "compression": dict.fromkeys(levels, (12,)),
         "system": {name: (8, 12) if name.startswith("split") else (7,) for name in levels},
@@ -179,7 +146,7 @@ def decoders(pipeline: Pipeline, config: Config) -> dict[str, Any]:
     errors: dict[str, list[np.ndarray]] = {}
     for i in track(range(0, config.pictures, config.batch), "decoders"):
         key = jax.random.fold_in(jax.random.key(config.seed + 1), i)
-        prompts = fresh_prompts(pipeline, key, config.batch)
+        prompts, key_air = fresh_prompts(pipeline, key, config.batch)
         latents = {T: draw(pipeline, prompts, "perflow", T, config.guidance) for T in (7, 8, 12)}
         reference = decode(pipeline, frozen, latents[12])
         floor = squared_errors(decode(pipeline, frozen, latents[7]), reference)
@@ -188,7 +155,7 @@ def decoders(pipeline: Pipeline, config: Config) -> dict[str, Any]:
             for name, steps in methods.items():
                 for T, level in itertools.product(steps, levels[name]):
                     image = received_pictures(
-                        pipeline, name, pipeline.params, prompts.key, latents[T], jnp.float32(level), psnr_db
+                        pipeline, name, pipeline.params, key_air, latents[T], jnp.float32(level), psnr_db
                     )
                     place = f"{view}/{name}/T {T}/{level:.4g}"
                     errors.setdefault(place, []).append(squared_errors(image, reference))
@@ -205,8 +172,26 @@ def decoders(pipeline: Pipeline, config: Config) -> dict[str, Any]:
     }
 
 
+def refuse(config: Config) -> None:
+    """Refuse what cannot be measured, before anything is.
+
+    Raises:
+        MegError: captions or pictures that are not whole batches, or a file that cannot be written.
+    """
+    counts = (config.captions, config.pictures)
+    if config.batch < 1 or min(counts) < 0 or any(count % config.batch for count in counts):
+        raise MegError(
+            f"captions {config.captions}, pictures {config.pictures}, batch {config.batch}: multiples of a "
+            "batch of at least 1, or 0 to leave a part out"
+        )
+    if config.output is not None:
+        writable(config.output)
+
+
+@one_line_errors()
 def main(config: Config) -> None:
     """Measure and print."""
+    refuse(config)
     keep_freed_memory()
     pipeline = load_pipeline(config.model)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "output"}
@@ -222,4 +207,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, prog="python -m eval.distillation"))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ import tyro
 
 from configs.pretrain import TINY
 from megjax import flops
+from megjax.errors import MegError, one_line_errors
+from megjax.files import writable, write_file
 from megjax.link import profiles
 from megjax.link.metering import Measurement, energy_meter, fit_line, measure
 from megjax.models import unet, vae_decoder
@@ -42,15 +44,21 @@ class Config:
     name: str = "measured"
 
 
+@one_line_errors()
 def main(config: Config) -> None:
     """Measure, fit, save."""
+    if config.calls < 1 or not config.batches or min(config.batches) < 1:
+        raise MegError(f"calls {config.calls}, batches {config.batches}: at least 1 call, batches from 1 up")
+    if config.power_w is not None and not 0 < config.power_w < math.inf:
+        raise MegError(f"power_w {config.power_w}: finite numbers of watts above 0 are allowed")
+    points_path = writable(writable(config.out, "out").with_suffix(".points.json"), "out")
+    other = profiles.load("a40", config.device)
+    assert isinstance(other, profiles.Profile)
     meter = energy_meter()
     if meter is None and config.power_w is None:
-        print(
-            "no NVML or RAPL energy counter can be read here: give --power-w, the power under load",
-            file=sys.stderr,
+        raise MegError(
+            "no NVML or RAPL energy counter can be read here: give --power-w, the power under load"
         )
-        raise SystemExit(2)
     points = []
     for label, program, args in programs(config.batches):
         point = measure(
@@ -66,11 +74,8 @@ def main(config: Config) -> None:
     source = f"measured on {jax.devices()[0].device_kind}, R^2 {line.r_squared:.4f}; energy: {energy_source}"
     access_s = max(line.intercept_s, 0.0)
     machine = profiles.Machine(line.flops_per_s, j_per_flop, access_s, source)
-    other = profiles.load("a40", config.device)
-    assert isinstance(other, profiles.Profile)
     profiles.save(profiles.Profile(config.name, machine, other.device), config.out)
-    text = json.dumps([point._asdict() for point in points], indent=2)
-    config.out.with_suffix(".points.json").write_text(text)
+    write_file(points_path, json.dumps([point._asdict() for point in points], indent=2))
     print(
         f"{line.flops_per_s / 1e12:.4f} TFLOP/s, t0 {line.intercept_s * 1e3:.2f} ms, R^2 {line.r_squared:.4f}"
     )
@@ -103,4 +108,4 @@ def energy(
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, prog="python -m eval.profile"))

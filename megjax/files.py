@@ -1,9 +1,10 @@
-"""Files that are whole or not there: written beside their place, then renamed."""
+"""Files and folders that are whole or not there: written beside their place, then renamed."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,12 +23,42 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{uuid.uuid4().hex}-{path.name}")
     try:
         yield temporary
-        # The name must not reach the disk before the contents do.
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        _to_disk(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty, hidden folder, which takes `folder`'s place once the block ends, and goes if it fails.
+
+    Killed at the worst moment, it leaves no `folder`, and old and new beside its place: never half of one.
+
+    Args:
+        folder: the folder above it is made if there is none.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{uuid.uuid4().hex}-{folder.name}")
+    old = folder.with_name(f"{temporary.name}-old")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                _to_disk(path)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    """Wait for a file's contents: its name must not reach the disk before them."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_file(path: Path, content: str | bytes) -> None:

@@ -1,4 +1,4 @@
-"""Files are whole or not there."""
+"""Files and folders are whole or not there."""
 
 import os
 import stat
@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from megjax.errors import MegError
-from megjax.files import replacing, writable, write_file
+from megjax.files import replacing, replacing_folder, writable, write_file
 
 
 def test_a_file_is_replaced_whole_and_readable_by_others(tmp_path):
@@ -31,6 +31,29 @@ def test_what_fails_half_way_leaves_the_old_file_and_nothing_else(tmp_path):
         raise RuntimeError("disk full")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "new" / "model"
+    for name in ("one", "two"):
+        with replacing_folder(folder) as temporary:
+            (temporary / "part").mkdir()
+            (temporary / "part" / name).write_text(name)
+            assert folder.exists() == (name == "two")
+    with pytest.raises(ZeroDivisionError), replacing_folder(folder) as temporary:
+        (temporary / "three").write_text(str(1 / 0))
+    assert [path.name for path in (folder / "part").iterdir()] == ["two"]
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_folder_is_readable_by_others(tmp_path):
+    umask = os.umask(0o022)
+    try:
+        with replacing_folder(tmp_path / "model"):
+            pass
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o755
 
 
 def test_places_that_cannot_be_written_are_refused(tmp_path):

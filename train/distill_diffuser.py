@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import sys
-
 import tyro
 
 from configs.distill_diffuser import PRESETS
 from megjax.allocator import keep_freed_memory
 from megjax.compilation import keep_compilations
 from megjax.distill.diffuser import DiffuserConfig, train_diffuser
-from megjax.errors import MegError
+from megjax.errors import one_line_errors
+from megjax.training.processes import join_processes
 
 
 def main(config: DiffuserConfig) -> None:
     """Train; resumes from the newest checkpoint in `config.folder`."""
     keep_freed_memory()
     keep_compilations()
-    try:
+    with one_line_errors():
+        if config.distributed:
+            join_processes()
         print(train_diffuser(config))
-    except MegError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    main(tyro.extras.overridable_config_cli(PRESETS, config=(tyro.conf.AvoidSubcommands,)))
+    main(
+        tyro.extras.overridable_config_cli(
+            PRESETS, prog="python -m train.distill_diffuser", config=(tyro.conf.AvoidSubcommands,)
+        )
+    )

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-
 import tyro
 
 from configs.policy import PRESETS
 from megjax.compilation import keep_compilations
-from megjax.errors import MegError
+from megjax.errors import one_line_errors
 from megjax.rl.training import PolicyRunConfig, train_policies
 
 
 def main(config: PolicyRunConfig) -> None:
     """Train, then print what each policy is worth against its optimum."""
     keep_compilations()
-    try:
+    with one_line_errors():
         results = train_policies(config)
-    except MegError as error:
-        sys.exit(f"error: {error}")
     for result in results:
         worth = result["deterministic"]
         latency, energy = worth["costs"]
@@ -29,4 +25,8 @@ def main(config: PolicyRunConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.extras.overridable_config_cli(PRESETS, config=(tyro.conf.AvoidSubcommands,)))
+    main(
+        tyro.extras.overridable_config_cli(
+            PRESETS, prog="python -m train.policy", config=(tyro.conf.AvoidSubcommands,)
+        )
+    )

@@ -13,7 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megjax.files import write_file
+import tyro
+
+from megjax.errors import MegError, one_line_errors
+from megjax.files import writable, write_file
 
 
 class Timing(NamedTuple):
@@ -41,7 +44,12 @@ def alternate(module: str, sides: tuple[str, str], rounds: int, *, core: int, ar
     """Run `python -m module --side SIDE` for each side in turn, `rounds` times, on one core, one at a time.
 
     Each run is a fresh process that prints its result as one line of JSON, the last line that it prints.
+
+    Raises:
+        MegError: fewer than one round.
     """
+    if rounds < 1:
+        raise MegError(f"rounds {rounds}: from 1 up")
     results = []
     with tempfile.TemporaryDirectory() as cache:
         env = os.environ | {
@@ -68,6 +76,21 @@ def alternate(module: str, sides: tuple[str, str], rounds: int, *, core: int, ar
 def ratios(results: list[dict], field: str) -> list[float]:
     """First side over second, pair by pair, in the order in which they ran."""
     return [a[field] / b[field] for a, b in zip(results[::2], results[1::2], strict=True)]
+
+
+def start(main: Callable[[Any], None], config: type, module: str) -> None:
+    """Run a comparison's main on the command line's settings, once its `json` can be written.
+
+    Args:
+        main: the comparison.
+        config: its settings.
+        module: its name, as in `python -m`.
+    """
+    with one_line_errors():
+        settings = tyro.cli(config, prog=f"python -m {module}")
+        if settings.json is not None:
+            writable(settings.json, "json")
+        main(settings)
 
 
 def save(path: Path | None, report: Any) -> None:

@@ -31,11 +31,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
-from eval.bench import save
+from eval.bench import save, start
 
 Name = Literal["merge", "decode", "generate", "step", "policy", "unet", "load", "compile"]
 USUAL: tuple[Name, ...] = ("merge", "decode", "generate", "step", "policy")
@@ -160,4 +159,4 @@ def rows_of(name: Name, report: dict[str, Any]) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config, "eval.bench")

@@ -22,9 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
-from eval.bench import save, timed
+from eval.bench import save, start, timed
+from megjax.errors import MegError
 
 Side = Literal["megjax", "flax-diffusers"]
 
@@ -67,7 +66,7 @@ def main(config: Config) -> None:
         print(json.dumps(compiled(config, *program(config))))
         return
     if config.program == "gradient" and "flax-diffusers" in config.sides:
-        raise SystemExit(
+        raise MegError(
             "--program gradient: of --sides megjax alone; diffusers' class has no rematerialisation"
         )
     report = {}
@@ -184,4 +183,4 @@ def shapes(config: Config, *, channels_last: bool) -> tuple:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config, "eval.bench.compile_tpu")

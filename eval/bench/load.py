@@ -19,9 +19,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import tyro
 
-from eval.bench import save, timed
+from eval.bench import save, start, timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,4 +90,4 @@ def loaded(folder: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config, "eval.bench.load")

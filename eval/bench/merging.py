@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 
-from eval.bench import alternate, median_timing, ratios, save
+from eval.bench import alternate, median_timing, ratios, save, start
 
 SHAPES = ((2, 64, 640, 15), (2, 32, 1280, 30), (1, 64, 16, 200))
 """Batch, grid side, values of a token, timed calls."""
@@ -157,4 +156,4 @@ def resident_kb(field: str) -> int:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config, "eval.bench.merging")

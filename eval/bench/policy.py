@@ -23,7 +23,7 @@ import numpy as np
 import tyro
 
 from configs.policy import CONDITIONED, DEFAULT, PAPER, PPO, PPO_PLAIN
-from eval.bench import save, timed
+from eval.bench import save, start, timed
 from megjax.rl.cvpo import CvpoConfig, make_cvpo
 from megjax.rl.env import REFERENCE, make_env
 from megjax.rl.optimum import best_constant
@@ -234,4 +234,4 @@ def row(name: str, limits: tuple[float, float], results: list[dict[str, Any]], c
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config, "eval.bench.policy")

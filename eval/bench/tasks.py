@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from eval.bench import alternate, median_timing, ratios, save
+from eval.bench import alternate, median_timing, ratios, save, start
 
 SOLVER_STEPS, STEPS, GUIDANCE = 10, 8, 2.5
 BATCH = {"decode": 1, "generate": 4, "step": 8}
@@ -237,4 +237,4 @@ def _torch_step(net: Any, guided: Callable[..., Any], abar: Any, x: dict[str, An
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config, "eval.bench.tasks")

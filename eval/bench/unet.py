@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 
-from eval.bench import alternate, median_timing, ratios, save
+from eval.bench import alternate, median_timing, ratios, save, start
 
 TEXT_LENGTH = 77
 
@@ -124,4 +123,4 @@ def random_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    start(main, Config, "eval.bench.unet")

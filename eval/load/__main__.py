@@ -15,8 +15,9 @@ from eval.load.config import Config
 from eval.load.draw import draw, figures, save
 from eval.load.drive import drive, requests, serving
 from eval.load.verify import verify
+from eval.outputs import prepare
 from megjax.client import largest_message_bytes
-from megjax.errors import MegError
+from megjax.errors import one_line_errors
 from megjax.pipeline import load_pipeline
 from megjax.pipeline.device import Device
 
@@ -24,6 +25,7 @@ from megjax.pipeline.device import Device
 def main(config: Config) -> bool:
     """Send the load, verify the answers, write the figures; returns whether all was answered and right."""
     config = dataclasses.replace(config, token=config.token or os.environ.get("MEGJAX_TOKEN") or None)
+    prepare(config.out)
     asked = requests(config)
     pipeline = load_pipeline(config.model)
     size = pipeline.image_size, pipeline.image_size
@@ -49,9 +51,6 @@ def main(config: Config) -> bool:
 
 
 if __name__ == "__main__":
-    try:
-        ok = main(tyro.cli(Config, description=__doc__))
-    except MegError as error:
-        print(f"eval.load: {error}", file=sys.stderr)
-        sys.exit(2)
+    with one_line_errors():
+        ok = main(tyro.cli(Config, prog="python -m eval.load", description=__doc__))
     sys.exit(0 if ok else 1)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-
 import tyro
 
 from configs.merging import PRESETS
 from eval.merging.study import MergingStudyConfig, run, table
 from megjax.allocator import keep_freed_memory
-from megjax.errors import MegError
+from megjax.errors import one_line_errors
 
 
+@one_line_errors()
 def main(config: MergingStudyConfig) -> None:
     """Run the study and print its tables."""
     keep_freed_memory()
-    try:
-        results = run(config)
-    except MegError as error:
-        sys.exit(f"error: {error}")
-    print(table(results))
+    print(table(run(config)))
 
 
 if __name__ == "__main__":
-    main(tyro.extras.overridable_config_cli(PRESETS))
+    main(tyro.extras.overridable_config_cli(PRESETS, prog="python -m eval.merging"))

@@ -18,14 +18,14 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 from rich.progress import track
 
+from eval.prompts import draw, prompts_of
 from megjax.data.grammar import captions
 from megjax.data.scenes import sample_scenes
 from megjax.link.features import FeatureRules
 from megjax.pipeline import Pipeline
 from megjax.pipeline.generate import REFERENCE_STEPS
-from megjax.pipeline.split import condition, decode, denoise, send, unet_params
+from megjax.pipeline.split import decode, noise_unit, send, unet_params
 from megjax.rl.quality import QualitySource, Table, decoded_mse, make_table
-from megjax.text import tokenize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class QualityTableConfig:
     """Of the partition and the noise for each entry; their log MSEs are averaged."""
     guidance: float = 2.5
     tome_ratio: float = 0.5
-    """Of the tokens merged in the U-Net's self-attention; the reference has none."""
+    """Of the tokens merged in the U-Net's self-attention; the reference has none, but under the rules `paper`."""
     rules: FeatureRules = "default"
     seed: int = 2024
     output: Path = Path("quality.npz")
@@ -59,22 +59,14 @@ class Pictures(NamedTuple):
 def pictures(pipeline: Pipeline, config: QualityTableConfig) -> Pictures:
     """Denoise every picture with every number of steps: one executable, one batch of pictures at a time."""
     key_scenes, key_noise = jax.random.split(jax.random.key(config.seed))
-    prompts = captions(sample_scenes(key_scenes, config.pictures, "all"))
-    size = (pipeline.image_size,) * 2
-    ids = (tokenize(pipeline.tokenizers, t, allow_empty=True) for t in (prompts, [""] * len(prompts)))
-    prompt, empty = (condition(pipeline, pipeline.params, jnp.asarray(i), size=size) for i in ids)
-    unet = pipeline.unet.config
-    noise = jax.random.normal(
-        key_noise, (config.pictures, unet.sample_size, unet.sample_size, unet.in_channels)
-    )
-    params, sampler = unet_params(pipeline)
+    texts = captions(sample_scenes(key_scenes, config.pictures, "all"))
+    prompts, sampler = prompts_of(pipeline, texts, key_noise), unet_params(pipeline)[1]
 
     def latents(steps: int, tome_ratio: float) -> Array:
-        zeros = jnp.zeros_like(noise)
-        arguments = (noise, prompt, empty, steps, config.guidance, zeros, 1.0)
-        return denoise(pipeline, params, *arguments, sampler=sampler, tome_ratio=tome_ratio)
+        return draw(pipeline, prompts, sampler, steps, config.guidance, tome_ratio)
 
-    reference = decode(pipeline, pipeline.params["vae_decoder"], latents(REFERENCE_STEPS, 0.0))
+    reference_tome = config.tome_ratio if config.rules == "paper" else 0.0
+    reference = decode(pipeline, pipeline.params["vae_decoder"], latents(REFERENCE_STEPS, reference_tome))
     found = [latents(steps, config.tome_ratio) for steps in track(config.steps, "denoising")]
     return Pictures(jnp.stack(found), reference)
 
@@ -82,6 +74,7 @@ def pictures(pipeline: Pipeline, config: QualityTableConfig) -> Pictures:
 def measure(pipeline: Pipeline, config: QualityTableConfig) -> Table:
     """Return the table of a backbone; the same pictures, partitions and noise for every entry."""
     sent = pictures(pipeline, config)
+    unit = noise_unit(config.rules, pipeline.vae_decoder.config)
     levels = np.stack(np.meshgrid(config.ratios, config.psnrs_db, indexing="ij"), axis=-1).reshape(-1, 2)
 
     @jax.jit
@@ -89,7 +82,7 @@ def measure(pipeline: Pipeline, config: QualityTableConfig) -> Table:
         """Return log MSE [ratio x PSNR, P] of one number of steps."""
 
         def at(level: Array) -> Array:
-            received = send(key, z_PxHxWxC, level[0], level[1], rules=config.rules)
+            received = send(key, z_PxHxWxC, level[0], level[1], rules=config.rules, unit=unit)
             shown = decode(pipeline, pipeline.device_decoder, received.z_BxHxWxC)
             return jnp.log(jnp.mean((shown - sent.reference_PxYxXx3) ** 2, axis=(1, 2, 3)))
 
@@ -110,9 +103,10 @@ def measure(pipeline: Pipeline, config: QualityTableConfig) -> Table:
 def live(pipeline: Pipeline, config: QualityTableConfig) -> QualitySource:
     """Return the same quality as a live source: the device's decoder runs inside the environment's step."""
     sent = pictures(pipeline, config)
+    unit = noise_unit(config.rules, pipeline.vae_decoder.config)
 
     def receive(key: PRNGKeyArray, z: Array, ratio: Array, psnr_db: Array) -> Array:
-        return send(key, z, ratio, psnr_db, rules=config.rules).z_BxHxWxC
+        return send(key, z, ratio, psnr_db, rules=config.rules, unit=unit).z_BxHxWxC
 
     return decoded_mse(
         jnp.swapaxes(sent.latents_TxPxHxWxC, 0, 1),

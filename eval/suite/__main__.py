@@ -9,19 +9,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from configs.suite import PRESETS
-from eval.suite.config import SuiteConfig, items
-from eval.suite.run import cache_compilations, prepare, run
-from megjax.errors import MegError
+from eval.outputs import prepare
+from eval.suite.config import SuiteConfig, check, items
+from eval.suite.run import cache_compilations, run
+from megjax.errors import MegError, one_line_errors
 
 
-def main(arguments: list[str]) -> int:
-    """Run the suite; return the exit code."""
-    preset = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    if preset is not None and preset not in PRESETS:
-        print(f"error: unknown preset {preset!r}: choose from {', '.join(PRESETS)}", file=sys.stderr)
-        return 2
-    rest = arguments[1:] if preset is not None else arguments
-    name = preset or "tiny"
+@one_line_errors()
+def main(arguments: list[str]) -> None:
+    """Run the suite."""
+    named = bool(arguments) and not arguments[0].startswith("-")
+    name, rest = (arguments[0], arguments[1:]) if named else ("tiny", arguments)
+    if name not in PRESETS:
+        raise MegError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}")
     summary, default = PRESETS[name]
     config = tyro.cli(
         SuiteConfig,
@@ -30,17 +30,11 @@ def main(arguments: list[str]) -> int:
         default=default,
         args=rest,
     )
-    try:
-        _run(config)
-    except MegError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    _run(config)
 
 
 def _run(config: SuiteConfig) -> None:
+    check(config)
     wanted = items(config)
     prepare(config.out)
     cache_compilations(config.out)
@@ -65,4 +59,4 @@ def _run(config: SuiteConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

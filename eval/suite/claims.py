@@ -19,8 +19,9 @@ from eval.suite.timing import timings
 
 Verdict: TypeAlias = Literal["holds", "does not hold", "not testable here"]
 
-WITHIN = 0.5
-"""Per cent over a limit that counts as within it: what evaluation on 64,000 frames leaves open."""
+WITHIN = 0.2
+"""Per cent over a limit that counts as within it: three standard errors of an evaluation on 64,000 frames,
+measured at the optimum as 0.064 % of 3 s and 0.022 % of 1.8 kJ."""
 CUT = 40.0
 """Per cent: the abstract's "over 40 % latency"."""
 LINEAR = 0.95
@@ -30,7 +31,7 @@ COMPARABLE = 1.1
 FAR = 2.0
 """Ratio of MSEs from which one is worse by far."""
 SETTLED = 1.05
-"""A training counts as converged where its MSE first comes within this factor of its last."""
+"""A training counts as converged from where its MSE stays within this factor of its last."""
 
 
 class Claim(NamedTuple):
@@ -148,7 +149,7 @@ def linearity(context: Context) -> list[Claim]:
 def distillation(context: Context) -> list[Claim]:
     """Return the claims of section V-B1, on the pictures."""
     config, data = context.config, curves.fig5_data(context)
-    pruning = curves.stronger_pruning(data)
+    pruning = curves.stronger_pruning(context, data)
     over_steps = {key: np.mean(list(own.values()), axis=0) for key, own in data.items()}
     split, finetune = over_steps["split/0"], over_steps["split_finetune/0"]
     claims = []
@@ -190,14 +191,14 @@ def distillation(context: Context) -> list[Claim]:
         "every interval is above 1, means over T",
         all(v.low > 1 for v in rise.values()),
     )
-    pruned = ratio(over_steps[f"{pruning}/0.1"], finetune)
-    compare(
-        "Pruning a tenth already errs much more than MEG-Split-Finetune",
-        "V-B1, Fig. 5",
-        {"ratio": pruned},
-        "the interval is above 1, mean over T",
-        pruned.low > 1,
-    )
+    tenth = over_steps[f"{pruning}/0.1"]
+    for text, other in (
+        ("Pruning a tenth already errs much more than MEG-Split-Finetune", finetune),
+        ("Merging is far better than pruning at equal ratio, a tenth", over_steps["meg/0.1"]),
+    ):
+        pruned = ratio(tenth, other)
+        rule = f"pruning's MSE is at least {FAR:g} times as much, mean over T"
+        compare(text, "V-B1, Fig. 5", {"ratio": pruned}, rule, pruned.value >= FAR)
     half = ratio(over_steps["meg/0.5"], finetune)
     compare(
         "Merging up to r = 0.5 is comparable to MEG-Split-Finetune",
@@ -223,12 +224,12 @@ def distillation(context: Context) -> list[Claim]:
         "the ratio is at most 1",
         setting.value <= 1,
     )
-    equal = at_equal_bits(context)
+    equal, lengths = at_equal_bits(context)
     compare(
         "Merging beats pruning at equal bits",
         "II-A, V-B1",
         {"ratio": equal},
-        "the interval is below 1, geometric mean over equal lengths, side information charged",
+        f"the interval is below 1, geometric mean over {lengths} equal lengths, side information charged",
         equal.high < 1,
     )
     return claims
@@ -238,18 +239,17 @@ def _name(context: Context, row: Any) -> Any:
     return table2.stronger(context, row) if row.method == "pruning" else row.method
 
 
-def at_equal_bits(context: Context) -> Interval:
-    """Return MEG's MSE over the stronger pruning's at each length, a geometric mean with its interval."""
+def at_equal_bits(context: Context) -> tuple[Interval, int]:
+    """Return MEG's MSE over the stronger pruning's, a geometric mean, and the lengths, which both reach."""
     data = curves.payload_data(context)
-    shares = np.asarray(curves.SHARES)
-    pruned = np.stack([data[name][1] for name in table2.PRUNINGS])
+    # What reaches a length reaches all longer ones.
+    lengths = min(len(data[name][1]) for name in (*context.prunings, "meg"))
+    shares = np.asarray(curves.SHARES[:lengths])
+    pruned = np.stack([data[name][1][:lengths] for name in context.prunings])
     best = np.argmin(pruned.mean(axis=2), axis=0)
     stronger = np.take_along_axis(pruned, best[None, :, None], axis=0)[0]
-    order = np.argsort(shares)
-    found = ratio_to(
-        Curve(shares[order], stronger[order]), Curve(shares[order], data["meg"][1][order]), shares[order]
-    )
-    return Interval(*found)
+    found = ratio_to(Curve(shares, stronger), Curve(shares, data["meg"][1][:lengths]), shares)
+    return Interval(*found), lengths
 
 
 def learned(context: Context) -> list[Claim]:
@@ -287,16 +287,21 @@ def learned(context: Context) -> list[Claim]:
         )
     )
     frames: dict[Learner, list[float]] = {key: _settled(own, loose) for key, own in trained.items()}
+    budgets: dict[Learner, float] = {
+        key: own["frames_per_epoch"] * own["runs"][0]["epochs"][-1] / 1e6 for key, own in trained.items()
+    }
     claims.append(
         Claim(
-            "At the loose limit MEG-CVPO converges faster",
+            f"At the loose limit MEG-CVPO converges faster, trained for {budgets['cvpo']:.3g} million frames "
+            f"against {budgets['ppo']:.3g}",
             "V-B2, Fig. 6",
             [
                 _value(LEARNERS[k], interval(_span(v), "measured", "million frames"))
                 for k, v in frames.items()
             ],
-            f"it needs fewer frames until its MSE is within {100 * (SETTLED - 1):.0f} % of its last, seeds' "
-            "mean",
+            f"it needs fewer frames until its MSE stays within {100 * (SETTLED - 1):.0f} % of its last, "
+            "seeds' mean; by MegJAX's rules learning rate and exploration fall over each budget, so a longer "
+            "one settles later",
             _verdict(bool(np.mean(frames["cvpo"]) < np.mean(frames["ppo"]))),
         )
     )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from megjax.errors import MegError
 from megjax.link.features import FeatureRules
+from megjax.link.profiles import load
 
 Physical: TypeAlias = Literal["sdxl", "tiny"]
 """Whose bits and FLOPs are charged: full SDXL's at 1024 x 1024, or those of the model that draws."""
+Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 ITEMS = {
     "claims": "What the paper claims, and what holds",
@@ -50,7 +53,7 @@ class SuiteConfig:
     """Of each policy."""
     model: str = "tiny"
     """An embedded backbone, a folder in diffusers layout or a hub id."""
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     """Of the networks' activations and parameters."""
     prompts: Path | None = None
     """A text file, one prompt a line; left out, captions of `scenes`."""
@@ -110,10 +113,16 @@ def check(config: SuiteConfig) -> None:
             "at least 1 of each"
         )
     ratios = config.ratios
-    if len(ratios) < 2 or ratios[0] < 0 or ratios[-1] > 15 / 16 or list(ratios) != sorted(set(ratios)):
+    increasing = all(a < b for a, b in itertools.pairwise(ratios))  # which NaN is not
+    if len(ratios) < 2 or not increasing or ratios[0] < 0 or ratios[-1] > 15 / 16:
         raise MegError(f"ratios {ratios}: at least two, increasing, from 0 to 0.9375 are allowed")
     levels = (config.feature_psnr_db, *config.noise_psnrs_db)
-    if not all(map(math.isfinite, levels)):
-        raise MegError(f"psnr_db {levels}: finite numbers of dB are allowed")
+    if not all(map(math.isfinite, levels)) or not config.noise_psnrs_db:
+        raise MegError(f"psnr_db {levels}: finite numbers of dB are allowed, at least one of noise")
+    if config.dtype not in get_args(Dtype):
+        raise MegError(f"dtype {config.dtype!r}: choose from {', '.join(get_args(Dtype))}")
+    if not math.isfinite(config.guidance) or config.guidance < 0:
+        raise MegError(f"guidance {config.guidance}: finite numbers from 0 on are allowed")
     if not 0 <= config.tome <= 0.75:
         raise MegError(f"tome {config.tome}: from 0 to 0.75 are allowed")
+    load(config.profile)

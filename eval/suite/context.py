@@ -25,7 +25,7 @@ from megjax.data.grammar import captions
 from megjax.data.scenes import sample_scenes
 from megjax.errors import MegError
 from megjax.models import Options
-from megjax.pipeline.load import EMBEDDED, Pipeline, load_pipeline
+from megjax.pipeline.load import EMBEDDED, GATE, Pipeline, load_pipeline
 from megjax.pipeline.split import condition
 from megjax.text import tokenize
 
@@ -92,11 +92,19 @@ class Context:
         return cache.digest([cache.source_digest(), self.versions, self.device])
 
     @functools.cached_property
+    def root(self) -> Path:
+        """The model's folder."""
+        return weights.open_folder(EMBEDDED.get(self.config.model, self.config.model)).path
+
+    @functools.cached_property
     def weights(self) -> str:
         """Digest of what is loaded of the model's folder, not of its pictures and notes."""
-        model = self.config.model
-        root = weights.open_folder(EMBEDDED.get(model, model)).path
-        return cache.files_digest([p for p in root.rglob("*") if p.suffix in LOADED], root)
+        return cache.files_digest([p for p in self.root.rglob("*") if p.suffix in LOADED], self.root)
+
+    @functools.cached_property
+    def prunings(self) -> tuple[methods.Name, ...]:
+        """The prunings compared: without a learned gate, magnitudes alone."""
+        return methods.PRUNINGS if (self.root / GATE).is_file() else ("pruning_magnitude",)
 
     @functools.cached_property
     def prompts(self) -> list[str]:

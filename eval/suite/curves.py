@@ -17,7 +17,7 @@ from eval.suite.methods import LABELS, Name
 from eval.suite.numbers import Record, axis, line, mean, number
 from eval.suite.paper import FIG5_RATIOS
 from eval.suite.policies import STEPS, counts, quality
-from eval.suite.table2 import PRUNINGS, entries, shown
+from eval.suite.table2 import entries, pruning_said, shown
 from eval.suite.timing import PICTURES, timings
 
 SHOWN_STEPS = 8
@@ -25,7 +25,7 @@ SHOWN_STEPS = 8
 THUMBNAIL = 256
 """Longest side of a sample in results.json; pixels."""
 SHARES = (0.9, 0.7, 0.5, 0.3, 0.15)
-"""Of the uncompressed latent's bits: where methods that can send any length are measured."""
+"""Of the uncompressed latent's bits, longest first: where methods of many lengths are measured."""
 
 
 def fig3(context: Context) -> Record:
@@ -137,9 +137,9 @@ def fig5_data(context: Context) -> dict[str, dict[int, np.ndarray]]:
     noise = (config.feature_psnr_db,)
     series: dict[str, dict[int, np.ndarray]] = {}
     for name, ratios in FIG5_RATIOS.items():
-        variants = PRUNINGS if name == "pruning" else (name,)
+        variants = context.prunings if name == "pruning" else (name,)
         for variant in variants:
-            levels = [equal_bits(variant, ratio) for ratio in ratios]
+            levels = [methods.level_of(variant, ratio) for ratio in ratios]
             for steps in STEPS:
                 for i, ratio in enumerate(ratios):
                     if variant == "meg":
@@ -150,15 +150,7 @@ def fig5_data(context: Context) -> dict[str, dict[int, np.ndarray]]:
     return series
 
 
-def equal_bits(name: Name, ratio: float) -> float:
-    """Return the level at which a pruning sends as much as the gate does at `ratio`."""
-    if name != "pruning_magnitude":
-        return ratio
-    shape = physical.SDXL_LATENT
-    return methods.level_at(name, shape, methods.bits("pruning", shape, ratio))
-
-
-def stronger_pruning(data: dict[str, dict[int, np.ndarray]]) -> Name:
+def stronger_pruning(context: Context, data: dict[str, dict[int, np.ndarray]]) -> Name:
     """Return the pruning of lower mean MSE over Fig. 5."""
 
     def total(name: Name) -> float:
@@ -166,17 +158,17 @@ def stronger_pruning(data: dict[str, dict[int, np.ndarray]]) -> Name:
             float(np.mean(v)) for k, own in data.items() if k.split("/")[0] == name for v in own.values()
         )
 
-    return min(PRUNINGS, key=total)
+    return min(context.prunings, key=total)
 
 
 def fig5(context: Context) -> Record:
     """Return Fig. 5: MSE against T for each method and ratio."""
     config, data = context.config, fig5_data(context)
-    best = stronger_pruning(data)
+    best = stronger_pruning(context, data)
     curves = []
     for key, own in data.items():
         name, ratio = key.split("/")
-        if name in PRUNINGS and name != best:
+        if name in methods.PRUNINGS and name != best:
             continue
         shown_ratio = "" if name.startswith("split") else f", ratio {ratio}"  # type: ignore[index]
         label = f"{LABELS[name]}{shown_ratio}"  # type: ignore[index]
@@ -184,7 +176,7 @@ def fig5(context: Context) -> Record:
         curves.append(line(key, label, list(own), [mean(v) for v in own.values()], "measured", dash=dash))
     return {
         "text": [
-            f"MEG-Pruning is {LABELS[best]}, the stronger of both prunings at equal bits over this figure. "
+            f"{pruning_said(context, best)} "
             "MEG and MEG-Pruning merge tokens inside the U-Net (ToMe) as the paper has it; the dashed line "
             "is MEG "
             "without. Ratios are shares of tokens merged or of scalars pruned; where magnitudes are pruned, "
@@ -209,10 +201,11 @@ def fig5(context: Context) -> Record:
 def noise(context: Context) -> Record:
     """Return MSE against the features' PSNR, off the training range too."""
     config = context.config
-    levels: dict[Name, float] = {"split": 0.0, "split_finetune": 0.0, "pruning": 0.1, "meg": 0.4}
+    ratios: dict[Name, float] = {"split": 0.0, "split_finetune": 0.0, context.prunings[0]: 0.1, "meg": 0.4}
     curves = []
-    for name, ratio in levels.items():
-        found = get(context, sweep(config, name, SHOWN_STEPS, (ratio,), config.noise_psnrs_db))["mse"][0]
+    for name, ratio in ratios.items():
+        levels = (methods.level_of(name, ratio),)
+        found = get(context, sweep(config, name, SHOWN_STEPS, levels, config.noise_psnrs_db))["mse"][0]
         label = LABELS[name] + (f", ratio {ratio:g}" if ratio else "")
         curves.append(
             line(f"{name}/{ratio:g}", label, config.noise_psnrs_db, [mean(v) for v in found], "measured")
@@ -244,13 +237,14 @@ def noise(context: Context) -> Record:
 
 
 def payload_data(context: Context) -> dict[Name, tuple[list[float], np.ndarray]]:
-    """Return each method's messages in bits and its MSE, L x P, at equal lengths as far as it reaches."""
+    """Return each method's messages in bits and its MSE, L x P, at as many of `SHARES` as it reaches."""
     config = context.config
     shape = physical.scale(config.physical, get(context, counts(config))).latent
     whole, psnrs_db = methods.bits("split", shape, 0.0), (config.feature_psnr_db,)
     data: dict[Name, tuple[list[float], np.ndarray]] = {}
-    for name in (*PRUNINGS, "meg"):
-        levels = [methods.level_at(name, shape, int(share * whole), config.rules) for share in SHARES]
+    for name in (*context.prunings, "meg"):
+        found = [methods.level_at(name, shape, int(share * whole), config.rules) for share in SHARES]
+        levels = [level for level in found if level is not None]
         own = get(context, sweep(config, name, SHOWN_STEPS, levels, psnrs_db))["mse"][:, 0]
         data[name] = ([float(methods.bits(name, shape, x, config.rules)) for x in levels], own)
     for name in ("split", "split_finetune"):

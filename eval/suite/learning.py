@@ -75,12 +75,18 @@ def _joined(context: Context) -> str:
 
 def _about(context: Context, found: Any) -> str:
     lowest = ", ".join(f"{x:.4g} {unit}" for x, unit in zip(found["lowest"], UNITS, strict=True))
+    gains = (
+        " PPO-Lagrangian's gains are the authors', on an episode's excess as FSRL has them, at 3 s. "
+        "As published, means a frame are held against an episode's limit, and the multiplier stays at 0."
+        if context.config.rules == "paper"
+        else ""
+    )
     return (
         f"The lowest reachable means are {lowest}, one at a time. The tight limit is 10 % above; the loose "
         "one is "
         "what the best policy without limits costs, and 5 %; the middle one is half-way. Quality is the "
         "geometric "
-        "mean of the MSE, the exponential of minus the mean reward."
+        f"mean of the MSE, the exponential of minus the mean reward.{gains}"
     )
 
 

@@ -64,7 +64,7 @@ def reference(config: SuiteConfig) -> Stage:
 
 
 def chosen(config: SuiteConfig, label: str, policy: Stage) -> Stage:
-    """Return the stage of MEG's pictures where `policy` gives each its own `steps` and `ratios`."""
+    """Return the stage of MEG's MSE where `policy` gives each picture its own `steps` and `ratios`."""
     settings = {"psnr_db": config.feature_psnr_db, "rules": config.rules, **drawn(config)}
     needs = (policy, _reference_latents(config))
     return Stage(f"{label}, pictures", settings, _chosen, needs)
@@ -144,7 +144,7 @@ def _chosen(context: Context, settings: Mapping[str, Any], policy: Any, clean: A
         found = get(context, latents(context.config, int(steps), tome=True))["z"]
         z_PxHxWxC[steps_P == steps] = found[steps_P == steps]
     images = _through(context, context.method("meg"), z_PxHxWxC, ratio_P, settings["psnr_db"])
-    return _metrics(context, images, _references(context, clean["z"]))
+    return {"mse": mse(images, _references(context, clean["z"]))}
 
 
 def _metrics(context: Context, images: np.ndarray, references: np.ndarray) -> dict[str, Any]:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
 
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from eval.merging import methods as rivals
+from eval.suite.physical import SDXL_LATENT
 from megjax.distill.decoder import gated, magnitude_pruned
 from megjax.distill.pruning import kept_count
+from megjax.errors import MegError
 from megjax.link.features import FeatureRules
 from megjax.link.payload import PayloadRules, payload_bits
 from megjax.merging import token_grid
 from megjax.models import Params
 from megjax.pipeline.load import Pipeline
-from megjax.pipeline.split import send
+from megjax.pipeline.split import Unit, noise_unit, send
 
 Shape: TypeAlias = tuple[int, int, int]
 Send: TypeAlias = Callable[[Array, Array, Array, Array], Array]
@@ -40,6 +42,7 @@ TOME: dict[Name, bool] = {
     "meg_plain": False,
 }
 """Who merges tokens inside the U-Net, which all methods otherwise share."""
+PRUNINGS: tuple[Name, ...] = ("pruning", "pruning_magnitude")
 
 
 class Method(NamedTuple):
@@ -52,39 +55,20 @@ class Method(NamedTuple):
 def method(pipeline: Pipeline, name: Name, rules: FeatureRules = "default") -> Method:
     """Return what a baseline does on the air and which decoder it has.
 
-    A backbone that lacks a distilled decoder has the undistilled one in its place; without the learned gate,
-    MEG-Pruning prunes by magnitude.
+    A backbone that lacks a distilled decoder has the undistilled one in its place.
 
     Args:
         pipeline: whose parameters are taken.
-        name: of the baseline.
+        name: of the baseline; the two that send all are MEG's way at level 0.
         rules: of the messages.
+
+    Raises:
+        MegError: `pruning` without a learned gate: by magnitude it would send an index map that `bits` does
+            not charge.
     """
+    unit = noise_unit(rules, pipeline.vae_decoder.config)
     decoders = pipeline.params.get("decoders", {})
     frozen = pipeline.params["vae_decoder"]
-    gate = pipeline.params.get("gate")
-    degrade = magnitude_pruned if gate is None else gated(0.0)
-
-    def merged(key: Array, z_HxWxC: Array, ratio: Array, psnr_db: Array) -> Array:
-        return send(key, z_HxWxC[None], ratio, psnr_db, rules=rules).z_BxHxWxC[0]
-
-    def whole(key: Array, z_HxWxC: Array, level: Array, psnr_db: Array) -> Array:
-        return merged(key, z_HxWxC, jnp.zeros_like(level), psnr_db)
-
-    def pruned(key: Array, z_HxWxC: Array, level: Array, psnr_db: Array) -> Array:
-        return degrade({"gate": gate}, key, z_HxWxC, level, psnr_db)[0]
-
-    def strongest(key: Array, z_HxWxC: Array, level: Array, psnr_db: Array) -> Array:
-        return magnitude_pruned({}, key, z_HxWxC, level, psnr_db)[0]
-
-    ways: dict[Name, Send] = {
-        "split": whole,
-        "split_finetune": whole,
-        "pruning": pruned,
-        "pruning_magnitude": strongest,
-        "meg": merged,
-        "meg_plain": merged,
-    }
     pruning = decoders.get("pruning", frozen)
     tuned: dict[Name, Params] = {
         "split": frozen,
@@ -94,7 +78,27 @@ def method(pipeline: Pipeline, name: Name, rules: FeatureRules = "default") -> M
         "meg": decoders.get("meg", frozen),
         "meg_plain": decoders.get("meg", frozen),
     }
-    return Method(ways[name], tuned[name])
+    if name not in PRUNINGS:
+        return Method(_merged(rules, unit), tuned[name])
+    gate = pipeline.params.get("gate")
+    if name == "pruning" and gate is None:
+        raise MegError(f"{pipeline.name}: has no learned gate to prune by; take pruning_magnitude")
+    degrade = gated(0.0, unit) if name == "pruning" else magnitude_pruned(unit)
+
+    def pruned(key: Array, z_HxWxC: Array, level: Array, psnr_db: Array) -> Array:
+        return degrade({"gate": gate}, key, z_HxWxC, level, psnr_db)[0]
+
+    return Method(pruned, tuned[name])
+
+
+@functools.cache
+def _merged(rules: FeatureRules, unit: Unit) -> Send:
+    """Return merging's way over the air: one function, hence one executable, for all methods that merge."""
+
+    def merged(key: Array, z_HxWxC: Array, ratio: Array, psnr_db: Array) -> Array:
+        return send(key, z_HxWxC[None], ratio, psnr_db, rules=rules, unit=unit).z_BxHxWxC[0]
+
+    return merged
 
 
 def bits(name: Name, shape: Shape, level: float, rules: PayloadRules = "default") -> int:
@@ -103,7 +107,7 @@ def bits(name: Name, shape: Shape, level: float, rules: PayloadRules = "default"
     Args:
         name: of the baseline.
         shape: of the latent.
-        level: merging or pruning ratio; not read by the two that send all.
+        level: merging or pruning ratio.
         rules: what merging's side information costs; pruning's gate has none, its magnitudes a map.
     """
     h, w, c = shape
@@ -113,13 +117,19 @@ def bits(name: Name, shape: Shape, level: float, rules: PayloadRules = "default"
         return rivals.pruned().bits(shape, level)
     grid = token_grid(h, w)
     # The payload's own limits: two rounds reach 15/16, one round clips by itself.
-    ratio = min(level, 15 / 16 if rules == "default" else 1.0) if name in ("meg", "meg_plain") else 0.0
+    ratio = min(level, 15 / 16 if rules == "default" else 1.0)
     return int(payload_bits(ratio, grid[0] * grid[1], 4 * c, rules=rules, grid=grid))
 
 
-def level_at(name: Name, shape: Shape, wanted_bits: int, rules: PayloadRules = "default") -> float:
-    """Return the least level whose message is no longer than `wanted_bits`, to a part in 4096."""
+def level_at(name: Name, shape: Shape, wanted_bits: int, rules: PayloadRules = "default") -> float | None:
+    """Return the least level whose message is no longer than `wanted_bits`, to a part in 4096.
+
+    Returns:
+        The level, or None if even the shortest message is longer.
+    """
     lowest, highest = 0, 4096
+    if bits(name, shape, 1.0, rules) > wanted_bits:
+        return None
     while lowest < highest:
         middle = (lowest + highest) // 2
         if bits(name, shape, middle / 4096, rules) <= wanted_bits:
@@ -127,3 +137,12 @@ def level_at(name: Name, shape: Shape, wanted_bits: int, rules: PayloadRules = "
         else:
             lowest = middle + 1
     return highest / 4096
+
+
+def level_of(name: Name, ratio: float) -> float:
+    """Return a method's level at a ratio: magnitudes send as much, with their map, as the gate does."""
+    if name != "pruning_magnitude":
+        return ratio
+    level = level_at(name, SDXL_LATENT, bits("pruning", SDXL_LATENT, ratio))
+    assert level is not None  # one scalar and its place are shorter than any gate's message
+    return level

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from eval.outputs import prepare
 from eval.suite import config as settings
 from eval.suite.claims import claims
 from eval.suite.config import ITEMS, SuiteConfig
@@ -25,7 +26,6 @@ from eval.suite.present.tables import csv_text, markdown
 from eval.suite.table1 import table1
 from eval.suite.table2 import table2
 from eval.suite.timing import timings
-from megjax.errors import MegError
 from megjax.files import write_file
 
 MAKE: dict[str, Callable[[Context], Record]] = {
@@ -63,12 +63,14 @@ def run(
         on_item: told each item that is done.
 
     Raises:
-        MegError: settings that are not allowed, or a folder that cannot be written.
+        MegError: settings that are not allowed, unreadable prompts, or a folder that cannot be written.
     """
     settings.check(config)
     prepare(config.out)
     wanted = settings.items(config)
     context = Context(config, say, on_stage, on_share)
+    if config.prompts is not None:
+        _ = context.prompts
     if TIMED & set(wanted):
         get(context, timings(config))
     if LEARNED & set(wanted):
@@ -110,20 +112,6 @@ def write(out: Path, results: Record, text: str, say: Callable[[str], None] = pr
                 write_file(out / "figures" / f"{figure['id']}{suffix}", content)
     write_file(out / "report.html", report(results, drawn))
     say(f"{out / 'report.html'}: {', '.join(results['items'])}")
-
-
-def prepare(out: Path) -> None:
-    """Make the folder and see that it can be written.
-
-    Raises:
-        MegError: if it cannot.
-    """
-    try:
-        (out / "cache").mkdir(parents=True, exist_ok=True)
-        write_file(out / ".writable", b"")
-        (out / ".writable").unlink()
-    except OSError as error:
-        raise MegError(f"--out {out} cannot be written: {error.strerror or error}") from None
 
 
 def _plain(config: SuiteConfig) -> Record:

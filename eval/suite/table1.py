@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from eval.suite import physical
+from eval.suite import methods, physical
 from eval.suite.config import MAX_STEPS, MIN_STEPS
 from eval.suite.context import Context, get
 from eval.suite.numbers import Record, Tag, number
@@ -30,7 +31,7 @@ def table1(context: Context) -> Record:
         _row("noise power", link.noise_power_dbm, -94, READ, "dBm"),
         _row("transmit power", link.tx_power_dbm, 30, READ, "dBm"),
         _row("bandwidth", link.bandwidth_hz / 1e6, 1, READ, "MHz"),
-        _row("bits per scalar", 16, 16, READ),
+        _row("bits per scalar", methods.bits("split", scale.latent, 0.0) / math.prod(scale.latent), 16, READ),
         _row("tokens of a latent", scale.grid[0] * scale.grid[1], 4096, READ),
         _row("values of a token", 4 * scale.latent[2], 16, READ),
         _row("fewest steps", MIN_STEPS, 4, READ),

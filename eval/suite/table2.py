@@ -58,23 +58,14 @@ def entries(context: Context) -> tuple[Entry, ...]:
 
 def stronger(context: Context, row: Row) -> Name:
     """Return the better of both prunings at equal bits: the gate, or magnitudes with their map charged."""
-    errors = {name: get(context, shown(context.config, row, name))["mse"].mean() for name in PRUNINGS}
-    return min(PRUNINGS, key=lambda name: errors[name])
-
-
-PRUNINGS: tuple[Name, ...] = ("pruning", "pruning_magnitude")
+    return min(
+        context.prunings, key=lambda name: get(context, shown(context.config, row, name))["mse"].mean()
+    )
 
 
 def shown(config: SuiteConfig, row: Row, name: Name) -> Stage:
     """Return the stage of a row's pictures."""
-    return pictures(config, name, row.steps, level(row, name))
-
-
-def level(row: Row, name: Name) -> float:
-    """Return the level at which a method sends the bits of a row; magnitudes pay for their map."""
-    if name == "pruning_magnitude":
-        return methods.level_at(name, SDXL_LATENT, methods.bits("pruning", SDXL_LATENT, row.ratio))
-    return row.ratio
+    return pictures(config, name, row.steps, methods.level_of(name, row.ratio))
 
 
 def table2(context: Context) -> Record:
@@ -89,7 +80,7 @@ def table2(context: Context) -> Record:
     found = {e.label: quality(context, e, coded, clean) for e in rows}
     tome_psnr = float(psnr_db(clean["tome_mse"].mean()))
     return {
-        "text": [_about(config, rows, tome_psnr)],
+        "text": [_about(context, rows, tome_psnr)],
         "tome_mse": interval(mean(clean["tome_mse"]), "measured"),
         "tables": [
             _quality_table(config, rows, found),
@@ -113,7 +104,7 @@ def message(entry: Entry, scale: Scale, coded: Any, config: SuiteConfig) -> Mess
         stood_in = own if coded["photographs"] is None else float(coded["photographs"][key].mean())
         area, sdxl = np.prod(scale.picture), np.prod(SDXL_PICTURE)
         return Message(stood_in * sdxl, (stood_in if config.physical == "sdxl" else own) * area)
-    at = level(entry.row, entry.name)
+    at = methods.level_of(entry.name, entry.row.ratio)
     return Message(
         methods.bits(entry.name, SDXL_LATENT, at, "free"),
         methods.bits(entry.name, scale.latent, at, config.rules),
@@ -149,17 +140,23 @@ def quality(context: Context, entry: Entry, coded: Any, clean: Any) -> dict[str,
     return {"mse": np.zeros(context.config.pictures), "ssim": clean["ssim"], "captions": clean["captions"]}
 
 
-def _about(config: SuiteConfig, rows: tuple[Entry, ...], tome_psnr: float) -> str:
-    pruned = next(e for e in rows if e.row.method == "pruning")
+def pruning_said(context: Context, name: Name) -> str:
+    """Return the report's sentence on what MEG-Pruning is in it."""
+    if len(context.prunings) == 1:
+        return f"MEG-Pruning is {LABELS[name]}, its index map charged: this model has no learned gate."
+    return f"MEG-Pruning is the stronger of both prunings at equal bits, here {LABELS[name]}."
+
+
+def _about(context: Context, rows: tuple[Entry, ...], tome_psnr: float) -> str:
+    config, pruned = context.config, next(e for e in rows if e.row.method == "pruning")
     assert pruned.name is not None
     return (
         f"{config.pictures} prompts, each with its own noise, partition and channel, the same for every "
         "method; "
         f"features at {config.feature_psnr_db:g} dB PSNR, rules {config.rules}, guidance "
         f"{config.guidance:g}. "
-        f"The reference is the picture of 12 steps, undistilled decoder, perfect channel. MEG-Pruning is the "
-        f"stronger of both prunings at equal bits, here {LABELS[pruned.name]}. Token merging inside the "
-        "U-Net "
+        "The reference is the picture of 12 steps, undistilled decoder, perfect channel. "
+        f"{pruning_said(context, pruned.name)} Token merging inside the U-Net "
         f"alone changes the reference by {tome_psnr:.1f} dB PSNR. Settings of steps and ratios that the "
         "paper's "
         "text does not state are inferred from its figures (spec section 2)."

@@ -23,7 +23,7 @@ from megjax.link.features import FeatureRules, psnr_from_snr
 from megjax.models import Options
 from megjax.pipeline import Generated, Request, check, generate, generate_each, load_pipeline
 from megjax.pipeline.generate import MAX_RATIO
-from megjax.pipeline.split import Sampler
+from megjax.pipeline.split import Sampler, steps_run
 from megjax.pipeline.workload import workload
 from megjax.rl.policy import act, load_policy
 
@@ -151,7 +151,7 @@ def generate_command(args: tyro.conf.OmitArgPrefixes[Generate]) -> None:
         rate_bps = channel.rate_bps(snr)
         cost = frame_cost(
             profiles.compute(profile, work, image_to_image=start is not None, tome=bool(args.tome_ratio)),
-            args.steps,
+            int(steps_run(args.steps, args.strength if start is not None else 1.0)),
             result.payload_bits,
             rate_bps,
             float(channel.from_db(channel.DEFAULT_LINK.tx_power_dbm - 30.0)),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import tyro
 
 from megjax.allocator import keep_freed_memory
@@ -13,7 +11,7 @@ from megjax.cli.generate import generate_command
 from megjax.cli.plan import plan_command
 from megjax.cli.serve import serve_command
 from megjax.compilation import keep_compilations
-from megjax.errors import MegError
+from megjax.errors import one_line_errors
 
 COMMANDS = {
     "generate": generate_command,
@@ -28,10 +26,5 @@ def main() -> None:
     """Run the command line."""
     keep_freed_memory()
     keep_compilations()
-    try:
+    with one_line_errors("megjax"):
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="megjax")
-    except MegError as error:
-        print(f"megjax: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -11,11 +11,12 @@ from megjax.diffusion.ddim import (
     schedule,
 )
 from megjax.diffusion.guidance import Conditioning, conditioned, encode_text, guided
-from megjax.diffusion.perflow import Parametrisation, perflow, perflow_timesteps
+from megjax.diffusion.perflow import Flow, Parametrisation, perflow, perflow_timesteps, read_flow
 
 __all__ = [
     "Conditioning",
     "Denoise",
+    "Flow",
     "Parametrisation",
     "Schedule",
     "Spacing",
@@ -27,6 +28,7 @@ __all__ = [
     "noised",
     "perflow",
     "perflow_timesteps",
+    "read_flow",
     "read_schedule",
     "schedule",
 ]

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from megjax.errors import MegError, WeightsError
+from megjax.models.configs import check_only
 
 Denoise = Callable[[Float[Array, "B H W C"], Int[Array, " B"]], Float[Array, "B H W C"]]
 """Predicts the noise: (z_t, t) -> eps. Parameters, text and guidance are bound in it."""
@@ -23,6 +24,28 @@ Spacing = Literal["leading", "trailing"]
 """Where the timesteps lie: `leading` ends at the offset, `trailing` starts at the last, pure-noise step."""
 
 DDIM_CONFIG = "scheduler_config.json"
+
+ONLY = {
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "interpolation_type": "linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+    # Else the last step would end at abar = 1, not at abar[0].
+    "set_alpha_to_one": False,
+    # EDM's, which scales what the U-Net sees.
+    "sigma_data": None,
+    "thresholding": False,
+    "timestep_type": "discrete",
+    "trained_betas": None,
+    "use_beta_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_flow_sigmas": False,
+    "use_karras_sigmas": False,
+    "use_lu_lambdas": False,
+}
+"""The values of diffusers' fields that `Schedule` and `ddim` have, whichever scheduler's config it is."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["abar"], meta_fields=["spacing", "offset"])
@@ -51,8 +74,12 @@ def schedule(
     """Scaled-linear betas: their square roots are evenly spaced.
 
     Raises:
-        MegError: for betas outside 0 < start <= end < 1, or an unknown spacing.
+        MegError: for betas outside 0 < start <= end < 1, an offset outside the timesteps, an unknown spacing.
     """
+    if not 0 <= offset < num_train_timesteps:
+        raise MegError(
+            f"offset {offset}, num_train_timesteps {num_train_timesteps}: need 0 <= offset < timesteps"
+        )
     if not 0 < beta_start <= beta_end < 1:
         raise MegError(f"betas {beta_start}..{beta_end}: need 0 < beta_start <= beta_end < 1")
     if spacing not in get_args(Spacing):
@@ -63,22 +90,35 @@ def schedule(
 
 
 def read_schedule(path: str | Path) -> Schedule:
-    """Read diffusers' `scheduler_config.json`; raises `WeightsError` unless it is SDXL's kind."""
+    """Read diffusers' `scheduler_config.json`; the solver is DDIM, whichever scheduler's it is.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        WeightsError: for a file that is missing or broken, or a value that `ONLY` has not.
+    """
     path = Path(path)
     try:
         raw = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path}: not a readable scheduler config ({error})") from None
-    for name, value in {"beta_schedule": "scaled_linear", "prediction_type": "epsilon"}.items():
-        if raw.get(name, value) != value:
-            raise WeightsError(f"{path}: {name} = {raw[name]!r} is not supported; only {value!r} is")
-    return schedule(
-        raw.get("beta_start", 0.00085),
-        raw.get("beta_end", 0.012),
-        raw.get("num_train_timesteps", 1000),
-        raw.get("timestep_spacing", "leading"),
-        raw.get("steps_offset", 0),
-    )
+    if not isinstance(raw, dict):
+        raise WeightsError(f"{path}: not a readable scheduler config (no JSON object)")
+    check_only(raw, ONLY, str(path))
+    start, end, offset = raw.get("beta_start"), raw.get("beta_end"), raw.get("steps_offset", 0)
+    # No default for the betas: diffusers' are not SDXL's, and other kinds of schedule have none.
+    if not (isinstance(start, int | float) and isinstance(end, int | float) and isinstance(offset, int)):
+        raise WeightsError(
+            f"{path}: beta_start {start!r}, beta_end {end!r}, steps_offset {offset!r}; two numbers and an "
+            "integer are needed"
+        )
+    try:
+        return schedule(
+            float(start), float(end), spacing=str(raw.get("timestep_spacing", "leading")), offset=offset
+        )
+    except MegError as error:
+        raise WeightsError(f"{path}: {error}") from None
 
 
 def ddim_timesteps(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -9,13 +11,53 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from megjax.diffusion.ddim import Denoise, Schedule
-from megjax.errors import MegError
+from megjax.errors import MegError, WeightsError
 
 Parametrisation = Literal["ddim_eps", "diff_eps", "velocity"]
 """What the student predicts: the noise of a DDIM step across its window, of the diffusion's, or dz/dt."""
 
 WINDOWS = 4
 """K; one number for training and sampling."""
+
+
+class Flow(NamedTuple):
+    """What a student was distilled to follow: two of these are two languages, whatever the weights.
+
+    Args:
+        kind: what it predicts.
+        windows: K, the fewest steps that it serves.
+    """
+
+    kind: Parametrisation = "ddim_eps"
+    windows: int = WINDOWS
+
+
+FLOW = "flow.json"
+"""Beside a student's weights; one without it is of the paper's flow."""
+
+
+def flow_file(flow: Flow) -> dict[str, bytes]:
+    """The file that tells a student's flow, by its name."""
+    return {FLOW: json.dumps(flow._asdict(), indent=2).encode() + b"\n"}
+
+
+def read_flow(folder: Path) -> Flow:
+    """Read a student's flow from its folder; the paper's if nothing there says otherwise.
+
+    Raises:
+        WeightsError: a file that does not tell a flow that is known.
+    """
+    path = folder / FLOW
+    if not path.is_file():
+        return Flow()
+    try:
+        flow = Flow(**json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise WeightsError(f"{path}: not a student's flow ({error})") from None
+    if flow.kind not in get_args(Parametrisation) or type(flow.windows) is not int or flow.windows < 1:
+        kinds = ", ".join(get_args(Parametrisation))
+        raise WeightsError(f"{path}: {flow}; kind can be {kinds}, windows a whole number from 1 up")
+    return flow
 
 
 class Gains(NamedTuple):

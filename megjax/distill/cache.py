@@ -1,17 +1,17 @@
 """What is computed once and kept on disk: latents, text embeddings, a teacher's samples.
 
-A cache is a folder of shards, each a folder of `.npy` files that memory maps open; one that was interrupted
-goes on with the shards that are missing.
+A cache is a folder of shards, each a folder of `.npy` files of which single rows are read; one that was
+interrupted goes on with the shards that are missing.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
+import math
 import shutil
 import time
 import uuid
@@ -49,17 +49,39 @@ Compute = Callable[[int, int], Block]
 """(start, stop) of the examples -> what is kept of them."""
 
 
+class Stored(NamedTuple):
+    """An array in a file. It stays closed: a large cache has more files than a process may have open.
+
+    Args:
+        path: of the `.npy` file.
+        offset: of the first row; bytes.
+        dtype: of the elements.
+        shape: rows first.
+    """
+
+    path: Path
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    def row(self, i: int) -> np.ndarray:
+        """Read row i."""
+        size = math.prod(self.shape[1:])
+        offset = self.offset + i * size * self.dtype.itemsize
+        return np.fromfile(self.path, self.dtype, size, offset=offset).reshape(self.shape[1:])
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cache:
     """Random access to the rows of a finished cache.
 
     Args:
-        shards: of each, the open arrays by name.
+        shards: of each, the arrays by name.
         starts: of each, the number of its first row.
         count: rows in all, or the first of them.
     """
 
-    shards: tuple[Mapping[str, np.ndarray], ...]
+    shards: tuple[Mapping[str, Stored], ...]
     starts: tuple[int, ...]
     count: int
 
@@ -74,7 +96,7 @@ class Cache:
         """The arrays of a row."""
         row = range(len(self))[index]
         shard = bisect.bisect_right(self.starts, row) - 1
-        return {name: array[row - self.starts[shard]] for name, array in self.shards[shard].items()}
+        return {name: array.row(row - self.starts[shard]) for name, array in self.shards[shard].items()}
 
 
 def cached(
@@ -123,14 +145,13 @@ def cached(
             _write(part, block)
         seen, broken = seen + stop - start, [*broken, *_broken(part)]
         progress(stop)
-        if seen >= min(JUDGED_AFTER, examples) and len(broken) > max_broken * seen:
-            raise MegError(
-                f"{len(broken)} of {seen} examples are broken, more than {max_broken:.0%}: "
-                f"{'; '.join(broken[:3])}, ... Mend the data, or raise --data.max-broken"
-            )
+        if seen >= JUDGED_AFTER:
+            _judge(broken, seen, max_broken)
     _together("cache complete")
-    if broken:
-        say(f"{len(broken)} of {seen} examples were broken and are left out")
+    broken = [line for part in parts for line in _broken(part)]
+    _judge(broken, examples, max_broken)
+    if broken and jax.process_index() == 0:
+        say(f"{len(broken)} of {examples} examples were broken and are left out")
     return _open(own, parts)
 
 
@@ -139,27 +160,23 @@ def digest(key: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-@functools.cache
 def fingerprint(folder: Path) -> str:
-    """Tell model folders apart without reading them whole: names, sizes and both ends of each file."""
-    found = hashlib.sha256()
+    """Tell model folders apart: a digest of their files' names and contents; some seconds for SDXL's 7 GB."""
+    found = hashlib.blake2b(digest_size=8)
     for path in sorted(
         p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".msgpack", ".txt")
     ):
-        size = path.stat().st_size
-        found.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
         with path.open("rb") as file:
-            found.update(file.read(1 << 16))
-            file.seek(max(0, size - (1 << 16)))
-            found.update(file.read())
-    return found.hexdigest()[:16]
+            contents = hashlib.file_digest(file, "blake2b").hexdigest()
+        found.update(f"{path.relative_to(folder).as_posix()} {contents}\n".encode())
+    return found.hexdigest()
 
 
 def _write(part: Path, block: Block) -> None:
     temporary = _beside(part)
     temporary.mkdir()
     for name, array in block.arrays.items():
-        np.save(temporary / f"{name}.npy", array)
+        np.save(temporary / f"{name}.npy", np.ascontiguousarray(array))  # row by row, as `Stored` reads
     _write_json(temporary / "broken.json", list(block.broken))
     try:
         temporary.rename(part)
@@ -174,11 +191,22 @@ def _broken(part: Path) -> list[str]:
     return json.loads((part / "broken.json").read_text())
 
 
+def _judge(broken: Sequence[str], seen: int, max_broken: float) -> None:
+    if len(broken) > max_broken * seen:
+        raise MegError(
+            f"{len(broken)} of {seen} examples are broken, more than {max_broken:.0%}: "
+            f"{'; '.join(broken[:3])}, ... Mend the data, or raise --data.max-broken"
+        )
+
+
+def _stored(path: Path) -> Stored:
+    array = np.load(path, mmap_mode="r")
+    return Stored(path, array.offset, array.dtype, array.shape)
+
+
 def _open(folder: Path, parts: list[Path]) -> Cache:
-    shards = [
-        {path.stem: np.load(path, mmap_mode="r") for path in sorted(part.glob("*.npy"))} for part in parts
-    ]
-    counts = [len(next(iter(shard.values()), ())) for shard in shards]
+    shards = [{path.stem: _stored(path) for path in sorted(part.glob("*.npy"))} for part in parts]
+    counts = [next((array.shape[0] for array in shard.values()), 0) for shard in shards]
     if not sum(counts):
         raise MegError(f"{folder}: no example is whole")
     *starts, count = itertools.accumulate(counts, initial=0)

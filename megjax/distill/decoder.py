@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from megjax.distill.pruning import gate, gate_kl, kept_count, send_pruned, strongest
+from megjax.distill.pruning import gate, gate_kl, kept_count, message_rms, send_pruned, strongest
 from megjax.link.channel import from_db
 from megjax.link.features import FeatureRules
 from megjax.models import Params
-from megjax.pipeline.split import send
+from megjax.pipeline.split import Unit, send
 from megjax.training.step import Loss, Metrics
 
 Degrade: TypeAlias = Callable[
@@ -50,45 +50,52 @@ class Ranges(NamedTuple):
     psnr_db: tuple[float, float] = (5.0, 20.0)
 
 
-def merged(rules: FeatureRules = "default") -> Degrade:
+def merged(rules: FeatureRules = "default", unit: Unit = None) -> Degrade:
     """MEG: merge, transmit and un-merge, Eqs. (15)-(19). At ratio 0 it is MEG-Split-Finetune's channel."""
 
     def degrade(params: Params, key: Array, z: Array, ratio: Array, psnr_db: Array) -> tuple[Array, Array]:
         del params
-        return send(key, z[None], ratio, psnr_db, rules=rules).z_BxHxWxC[0], jnp.zeros(())
+        return send(key, z[None], ratio, psnr_db, rules=rules, unit=unit).z_BxHxWxC[0], jnp.zeros(())
 
     return degrade
 
 
-def magnitude_pruned(
-    params: Params, key: Array, z: Array, ratio: Array, psnr_db: Array
-) -> tuple[Array, Array]:
+def magnitude_pruned(unit: Unit = None) -> Degrade:
     """Send a latent's largest scalars; their index map is charged where bits are compared."""
-    del params
-    x = z.reshape(-1)
-    kept = strongest(jnp.abs(x), kept_count(ratio, x.size))
-    return send_pruned(key, x, kept, psnr_db).reshape(z.shape), jnp.zeros(())
+
+    def degrade(params: Params, key: Array, z: Array, ratio: Array, psnr_db: Array) -> tuple[Array, Array]:
+        del params
+        x = z.reshape(-1)
+        kept = strongest(jnp.abs(x), kept_count(ratio, x.size))
+        return send_pruned(key, x, kept, psnr_db, unit).reshape(z.shape), jnp.zeros(())
+
+    return degrade
 
 
-def gated(kl_weight: float) -> Degrade:
+def gated(kl_weight: float, unit: Unit = None) -> Degrade:
     """MEG-Pruning (spec section 9): y = gamma(sigma) z + noise, the least open scalars not sent.
 
     Args:
         kl_weight: beta, times the KL divergence summed over a latent.
+        unit: see `Unit`.
     """
 
     def degrade(params: Params, key: Array, z: Array, ratio: Array, psnr_db: Array) -> tuple[Array, Array]:
         x = z.reshape(-1)
         gamma = gate(params["gate"], psnr_db)
         kept = strongest(jax.lax.stop_gradient(gamma), kept_count(ratio, x.size))
-        penalty = kl_weight * jnp.sum(gate_kl(gamma, x, from_db(-psnr_db / 2.0)))
-        return send_pruned(key, gamma * x, kept, psnr_db).reshape(z.shape), penalty
+        # The channel's noise is relative to what is sent: with another one here, closing all gates alike
+        # would cost nothing and please the penalty.
+        rms = message_rms(gamma * x, kept) if unit is None else jnp.tile(jnp.array(unit), x.size // len(unit))
+        sigma = from_db(-psnr_db / 2.0) * rms
+        penalty = kl_weight * jnp.sum(gate_kl(gamma, x, sigma))
+        return send_pruned(key, gamma * x, kept, psnr_db, unit).reshape(z.shape), penalty
 
     return degrade
 
 
 def decoder_distillation_loss(
-    decoder: Decode, degrade: Degrade, ranges: Ranges, batch: int, objective: Objective = "mse"
+    decoder: Decode, degrade: Degrade, ranges: Ranges, objective: Objective = "mse"
 ) -> Loss:
     """Eq. (21): || y_ref - D_phi(received(z_T, r, noise)) ||^2, with T, r and the noise drawn per sample.
 
@@ -100,30 +107,28 @@ def decoder_distillation_loss(
         decoder: of parameters `params["decoder"]`.
         degrade: what happens on the air; reads the other parameters.
         ranges: of ratio and PSNR.
-        batch: samples a step, drawn from the data with replacement.
         objective: `mse` or `quality`.
 
     Returns:
-        A loss over `Latents`; the mean squared error of pixels in [0, 1] is among its metrics.
+        A loss over `Latents`, a row a sample; among its metrics is the mean squared error of pixels.
     """
 
     def loss(params: Any, key: Key[Array, ""], data: Latents) -> tuple[Float[Array, ""], Metrics]:
-        key_row, key_steps, key_ratio, key_psnr, key_air = jax.random.split(key, 5)
-        prompts, steps = data.z_NxTxHxWxC.shape[:2]
-        row_B = jax.random.randint(key_row, (batch,), 0, prompts)
-        step_B = jax.random.randint(key_steps, (batch,), 0, steps)
-        ratio_B = jax.random.uniform(key_ratio, (batch,), minval=ranges.ratio[0], maxval=ranges.ratio[1])
-        psnr_B = jax.random.uniform(key_psnr, (batch,), minval=ranges.psnr_db[0], maxval=ranges.psnr_db[1])
-        z = data.z_NxTxHxWxC[row_B, step_B].astype(jnp.float32)
+        key_steps, key_ratio, key_psnr, key_air = jax.random.split(key, 4)
+        N, steps = data.z_NxTxHxWxC.shape[:2]
+        step_N = jax.random.randint(key_steps, (N,), 0, steps)
+        ratio_N = jax.random.uniform(key_ratio, (N,), minval=ranges.ratio[0], maxval=ranges.ratio[1])
+        psnr_N = jax.random.uniform(key_psnr, (N,), minval=ranges.psnr_db[0], maxval=ranges.psnr_db[1])
+        z = jax.vmap(lambda z, step: z[step])(data.z_NxTxHxWxC, step_N).astype(jnp.float32)
         air = jax.vmap(degrade, in_axes=(None, 0, 0, 0, 0))
-        received, penalty_B = air(params, jax.random.split(key_air, batch), z, ratio_B, psnr_B)
-        picture = data.picture_NxHxWx3[row_B].astype(jnp.float32)
-        error_B = jnp.mean(jnp.square(decoder(params["decoder"], received) - picture), axis=(1, 2, 3))
-        mse = jnp.mean(error_B)
+        received, penalty_N = air(params, jax.random.split(key_air, N), z, ratio_N, psnr_N)
+        picture = data.picture_NxHxWx3.astype(jnp.float32)
+        error_N = jnp.mean(jnp.square(decoder(params["decoder"], received) - picture), axis=(1, 2, 3))
+        mse = jnp.mean(error_N)
         if objective == "mse":
-            return mse + jnp.mean(penalty_B), {"mse": mse}
-        bounded_B = jnp.maximum(error_B, 1e-8)
-        log_mse_B = jnp.log(bounded_B) + penalty_B / jax.lax.stop_gradient(bounded_B)
-        return jnp.mean(log_mse_B), {"mse": mse}
+            return mse + jnp.mean(penalty_N), {"mse": mse}
+        bounded_N = jnp.maximum(error_N, 1e-8)
+        log_mse_N = jnp.log(bounded_N) + penalty_N / jax.lax.stop_gradient(bounded_N)
+        return jnp.mean(log_mse_N), {"mse": mse}
 
     return loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -14,9 +15,10 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from megjax import weights
+from megjax.checks import above, known_dtype, within
 from megjax.data.loader import DataConfig, shuffled_batches
 from megjax.distill.cache import Cache
 from megjax.distill.decoder import (
@@ -36,6 +38,7 @@ from megjax.errors import MegError
 from megjax.link.features import FeatureRules
 from megjax.models import Network, Options, Params, VAEConfig, read, vae_decoder
 from megjax.pipeline.load import DECODERS, Pipeline, load_pipeline
+from megjax.pipeline.split import noise_unit
 from megjax.training.logs import Report, Work, counted_work
 from megjax.training.loop import Evaluate, fit
 from megjax.training.placing import place
@@ -102,8 +105,30 @@ class DecoderConfig:
     evaluate_every: int = 500
     keep: int = 2
     tensorboard: bool = False
+    distributed: bool = False
+    """Join the run's other processes first, see `megjax.training.processes`."""
     peak_flops_per_s: float = 0.0
     """Of one device, for the FLOP utilisation; 0 looks it up by the device's name."""
+
+
+def check(config: DecoderConfig) -> None:
+    """Refuse settings that cannot be trained with.
+
+    Raises:
+        MegError: naming the setting, its value and what is allowed.
+    """
+    within(config, 1, math.inf, "steps", "batch", "accumulate", "sample_batch", "held_out")
+    within(config, 0, math.inf, "learning_rate", "warmup", "weight_decay", "kl_weight", "guidance")
+    within(config, 0, 1, "ema_decay", "ratios", "test_ratios")
+    within(config, -100, 300, "psnr_db", "test_psnr_db")
+    above(config, 0, "clip")
+    known_dtype(config.dtype)
+    for name in ("ratios", "psnr_db"):
+        low, high = getattr(config, name)
+        if low > high:
+            raise MegError(f"{name} {low} {high}: give the lower end first")
+    if not config.test_ratios:
+        raise MegError("test_ratios: give at least one")
 
 
 class Program(NamedTuple):
@@ -158,8 +183,7 @@ def narrowed(config: VAEConfig, width: float) -> VAEConfig:
 
 def rows_loss(config: DecoderConfig, decoder: Network, ranges: Ranges) -> Loss:
     """Eq. (21) over rows of the cache."""
-    samples = config.batch // config.accumulate
-    loss = decoder_distillation_loss(decoder, _degrade(config), ranges, samples, config.objective)
+    loss = decoder_distillation_loss(decoder, _degrade(config, decoder.config), ranges, config.objective)
 
     def of_rows(params: Any, key: Key[Array, ""], rows: Any) -> tuple[Float[Array, ""], Metrics]:
         picture = rows["picture"].astype(jnp.float32) / 255
@@ -168,14 +192,15 @@ def rows_loss(config: DecoderConfig, decoder: Network, ranges: Ranges) -> Loss:
     return of_rows
 
 
-def _degrade(config: DecoderConfig) -> Degrade:
+def _degrade(config: DecoderConfig, vae: VAEConfig) -> Degrade:
+    unit = noise_unit(config.rules, vae)
     match config.method:
         case "pruning":
-            return gated(config.kl_weight)
+            return gated(config.kl_weight, unit)
         case "magnitude_pruning":
-            return magnitude_pruned
+            return magnitude_pruned(unit)
         case "meg" | "split_finetune":
-            return merged(config.rules)
+            return merged(config.rules, unit)
 
 
 def _ranges(config: DecoderConfig) -> Ranges:
@@ -210,8 +235,9 @@ def train_decoder(config: DecoderConfig) -> Path:
     """Distil, resuming from the newest checkpoint; returns the decoder's folder, `folder/decoders/METHOD`.
 
     Raises:
-        MegError: see `fit`, `open_pictures` and `cached`.
+        MegError: see `check`, `fit`, `open_pictures` and `cached`.
     """
+    check(config)
     mesh = make_mesh(config.replicas, config.fsdp)
     pipeline = load_pipeline(config.model, Options(config.dtype, config.dtype))
     rows = _rows(config, pipeline)
@@ -244,11 +270,11 @@ def train_decoder(config: DecoderConfig) -> Path:
         tensorboard=config.tensorboard,
     )
     folder = config.folder / DECODERS / config.method
-    save_weights(folder, program.decoder, state.ema["decoder"])
-    if "gate" in state.ema and jax.process_index() == 0:
+    extra: dict[str, bytes] = {}
+    if "gate" in state.ema:
         gate = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(state.ema["gate"]).items()}
-        save_file(gate, folder / f".{GATE}")
-        (folder / f".{GATE}").rename(folder / GATE)
+        extra[GATE] = save(gate)
+    save_weights(folder, program.decoder, state.ema["decoder"], extra=extra)
     return folder
 
 
@@ -281,7 +307,7 @@ def _evaluation(config: DecoderConfig, decoder: Network, rows: Cache, mesh: Mesh
     held_out = [rows[i] for i in range(len(rows) - config.held_out, len(rows))]
     data = {name: np.stack([row[name] for row in held_out]) for name in held_out[0]}
     ratios = (0.0,) if config.method == "split_finetune" else config.test_ratios
-    degrade = _degrade(config)
+    degrade = _degrade(config, decoder.config)
     key = jax.random.key(config.seed + 2)
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))

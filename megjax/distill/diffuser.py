@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +17,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, PyTree
 
 from megjax import weights
+from megjax.checks import above, known_dtype, within
 from megjax.data.loader import DataConfig, data_key, shuffled_batches
 from megjax.diffusion import Conditioning, conditioned, ddim, guided, perflow
-from megjax.diffusion.perflow import WINDOWS, Parametrisation
+from megjax.diffusion.perflow import WINDOWS, Flow, Parametrisation, flow_file
 from megjax.distill.cache import Cache
 from megjax.distill.encoding import ENCODERS, caption_ids, encoded_pictures, model_key, progress_bar
 from megjax.distill.export import copy_backbone, delta, save_weights
@@ -133,8 +135,30 @@ class DiffuserConfig:
     keep: int = 2
     """Checkpoints, besides the best by the teacher-consistency error."""
     tensorboard: bool = False
+    distributed: bool = False
+    """Join the run's other processes first, see `megjax.training.processes`."""
     peak_flops_per_s: float = 0.0
     """Of one device, for the FLOP utilisation; 0 looks it up by the device's name."""
+
+
+def check(config: DiffuserConfig, pipeline: Pipeline) -> None:
+    """Refuse settings that cannot be trained with.
+
+    Raises:
+        MegError: naming the setting, its value and what is allowed.
+    """
+    counts = ("steps", "batch", "accumulate", "windows", "encode_batch", "held_out", "grid_prompts")
+    within(config, 1, math.inf, *counts)
+    within(config, 0, math.inf, "learning_rate", "warmup", "weight_decay", "lora_rank", "rollout", "guidance")
+    within(config, 0, 1, "ema_decay", "text_drop", "start_share")
+    above(config, 0, "clip", "huber", "rollout_width")
+    known_dtype(config.dtype)
+    timesteps = len(pipeline.schedule.abar)
+    within(config, 1, timesteps // config.windows, "solver_steps")
+    if config.chained and not config.solve_once:
+        raise MegError("chained: only windows solved beforehand can be; add --solve-once")
+    if config.rollout and not config.chained:
+        raise MegError(f"rollout {config.rollout}: it needs the teacher's whole trajectories; add --chained")
 
 
 class Program(NamedTuple):
@@ -163,16 +187,9 @@ def distillation(config: DiffuserConfig, pipeline: Pipeline) -> Program:
         pipeline: its networks, schedule and sizes; of its parameters only the shapes are read.
 
     Raises:
-        MegError: `chained` without `solve_once`, `rollout` without `chained`, or a width that is not above 0.
+        MegError: see `check`.
     """
-    if config.chained and not config.solve_once:
-        raise MegError("chained: only windows solved beforehand can be; add --solve-once")
-    if config.rollout and not config.chained:
-        raise MegError(f"rollout {config.rollout}: it needs the teacher's whole trajectories; add --chained")
-    if config.rollout_width is not None and config.rollout_width <= 0:
-        raise MegError(
-            f"rollout_width {config.rollout_width}: above 0 is allowed; leave it out for squared errors"
-        )
+    check(config, pipeline)
     teacher = pipeline.unet
     options = Options(dtype=config.dtype, remat=config.remat, attention=config.attention)
     loss = distillation_loss(config, pipeline, unet(teacher.config, options))
@@ -261,10 +278,12 @@ def train_diffuser(config: DiffuserConfig) -> Path:
     the teacher, makes a few-step model of any fine-tune (`megjax.distill.export.add_delta`).
 
     Raises:
-        MegError: see `fit`, `open_pictures` and `cached`; `start` with LoRA, or with other weights.
+        MegError: see `check`, `fit`, `open_pictures` and `cached`; `start` with LoRA, or with other weights.
     """
+    known_dtype(config.dtype)
     mesh = make_mesh(config.replicas, config.fsdp, config.tensor)
     pipeline = load_pipeline(config.model, Options(config.dtype, config.dtype, attention=config.attention))
+    check(config, pipeline)
     preset = {"dtype": config.dtype}
     rows = encoded_pictures(pipeline, config.data, config.cache, config.encode_batch, preset)
     if len(rows) < config.held_out + config.batch:
@@ -449,8 +468,9 @@ def _evaluation(
 
 def _export(config: DiffuserConfig, pipeline: Pipeline, student: Params, teacher: Params) -> Path:
     part, model = config.folder / STUDENT, config.folder / "model"
-    save_weights(part, pipeline.unet, student)
-    save_weights(config.folder / "unet_delta", pipeline.unet, delta(student, teacher))
+    flow = flow_file(Flow(config.kind, config.windows))
+    save_weights(part, pipeline.unet, student, extra=flow)
+    save_weights(config.folder / "unet_delta", pipeline.unet, delta(student, teacher), extra=flow)
     if jax.process_index() == 0:
         source = weights.open_folder(EMBEDDED.get(config.model, config.model)).path
         copy_backbone(source, model, {STUDENT: part})

@@ -81,8 +81,8 @@ def encoded_latents(
         del numbers
         image = np.stack([example.image_SxSx3 for example in examples]).astype(np.float32) / 255
         z = encode(pipeline, params["vae_encoder"], _split(image))
-        picture = np.asarray(decode(pipeline, params["vae_decoder"], z))
-        return {"z": np.asarray(z)[:, None], "picture": np.round(picture * 255).astype(np.uint8)}
+        picture = decode(pipeline, params["vae_decoder"], z)
+        return {"z": np.asarray(z)[:, None], "picture": _bytes("picture", np.asarray(picture))}
 
     key = {"kind": "latents", "preset": dict(preset), "model": model_key(pipeline, ("vae",))}
     return _build(pipeline, folder, key, data, batch, arrays)
@@ -131,10 +131,10 @@ def sampled_latents(
             )
             for steps in STEPS
         ]
-        picture = np.asarray(decode(pipeline, params["vae_decoder"], z[-1]))
+        picture = decode(pipeline, params["vae_decoder"], z[-1])
         return {
             "z": np.stack([np.asarray(z_T) for z_T in z], axis=1),
-            "picture": np.round(picture * 255).astype(np.uint8),
+            "picture": _bytes("picture", np.asarray(picture)),
         }
 
     parts = (*ENCODERS, "scheduler", "unet_student" if sampler == "perflow" else "unet")
@@ -220,7 +220,15 @@ def _stored(name: str, array: np.ndarray) -> np.ndarray:
     if array.dtype == np.uint8:
         return array
     with np.errstate(over="ignore"):
-        array = array.astype(STORED)
+        return _finite(name, array.astype(STORED))
+
+
+def _bytes(name: str, array: np.ndarray) -> np.ndarray:
+    """What lies in [0, 1], in bytes, where a NaN would be a 0."""
+    return np.round(_finite(name, array) * 255).astype(np.uint8)
+
+
+def _finite(name: str, array: np.ndarray) -> np.ndarray:
     if not np.isfinite(array).all():
         raise MegError(f"{name}: not finite in {array.dtype}; run the encoders in another --dtype")
     return array

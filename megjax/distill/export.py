@@ -11,10 +11,17 @@ import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 from megjax import weights
+from megjax.files import replacing_folder
 from megjax.models import Network, Params, to_dict
 
 
-def save_weights(folder: Path, network: Network, params: Params, dtype: DTypeLike = jnp.float16) -> None:
+def save_weights(
+    folder: str | Path,
+    network: Network,
+    params: Params,
+    dtype: DTypeLike = jnp.float16,
+    extra: Mapping[str, bytes] = {},
+) -> None:
     """Write a network's weights and config, first beside `folder`, then in its place.
 
     Args:
@@ -22,6 +29,7 @@ def save_weights(folder: Path, network: Network, params: Params, dtype: DTypeLik
         network: of the config.
         params: to write; gathered from the devices.
         dtype: of the stored weights.
+        extra: further files of the folder, by name.
     """
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -29,12 +37,10 @@ def save_weights(folder: Path, network: Network, params: Params, dtype: DTypeLik
         params = multihost_utils.process_allgather(params, tiled=True)
     if jax.process_index() != 0:
         return
-    temporary = folder.with_name(f".{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    weights.save(temporary, jax.tree.map(lambda p: p.astype(dtype), params), to_dict(network.config))
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+    with replacing_folder(Path(folder)) as temporary:
+        weights.save(temporary, jax.tree.map(lambda p: p.astype(dtype), params), to_dict(network.config))
+        for name, content in extra.items():
+            (temporary / name).write_bytes(content)
 
 
 def delta(student: Params, teacher: Params) -> Params:
@@ -74,12 +80,8 @@ def copy_backbone(source: Path, target: Path, parts: Mapping[str, Path]) -> None
         target: replaced if it exists.
         parts: folders by their place in the target, such as `unet_student` or `decoders/meg`.
     """
-    temporary = target.with_name(f".{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    for name, part in parts.items():
-        shutil.rmtree(temporary / name, ignore_errors=True)
-        shutil.copytree(part, temporary / name)
-    if target.exists():
-        shutil.rmtree(target)
-    temporary.rename(target)
+    with replacing_folder(target) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
+        for name, part in parts.items():
+            shutil.rmtree(temporary / name, ignore_errors=True)
+            shutil.copytree(part, temporary / name)

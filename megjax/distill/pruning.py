@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Key, Shaped
 from megjax.link.channel import Real, from_db
 from megjax.link.features import quantise
 from megjax.models import Params
+from megjax.pipeline.split import Unit
 
 KL_FIT = (0.63576, 1.87320, 1.48695)
 """k1, k2, k3 of the fit to the KL divergence from the log-uniform prior (within 0.01 of quadrature)."""
@@ -39,8 +40,8 @@ def gate_kl(gamma: Float[Array, "*n"], x: Float[Array, "*n"], sigma: Real) -> Fl
     With a = sigma^2/(gamma x)^2: 0.5 log(1 + 1/a) - k1 (sigmoid(k2 + k3 log a) - 1).
     """
     k1, k2, k3 = KL_FIT
-    # 1/a, kept off 0 so that a silent scalar has a finite slope.
-    inverse = jnp.square(gamma * x / sigma) + 1e-8
+    # 1/a, kept off 0 so that a silent scalar has a finite slope, and sigma off it where nothing is sent.
+    inverse = jnp.square(gamma * x / jnp.maximum(sigma, 1e-8)) + 1e-8
     return 0.5 * jnp.log1p(inverse) - k1 * (jax.nn.sigmoid(k2 - k3 * jnp.log(inverse)) - 1.0)
 
 
@@ -58,14 +59,31 @@ def strongest(score_n: Float[Array, " n"], count: Shaped[Array, ""]) -> Bool[Arr
     return rank < count
 
 
-def send_pruned(
-    key: Key[Array, ""], x_n: Float[Array, " n"], kept_n: Bool[Array, " n"], psnr_db: Real
-) -> Float[Array, " n"]:
-    """Send the kept scalars as 16-bit symbols of unit power through the noise; the rest arrive as zeros."""
-    x_n = jnp.where(kept_n, quantise(x_n), 0.0)
-    power = jnp.sum(jnp.square(x_n)) / jnp.maximum(kept_n.sum(), 1)
+def message_rms(x_n: Float[Array, " n"], kept_n: Bool[Array, " n"]) -> Float[Array, ""]:
+    """Root mean square of the kept scalars, which the channel's noise is relative to."""
+    power = jnp.sum(jnp.where(kept_n, jnp.square(x_n), 0.0)) / jnp.maximum(kept_n.sum(), 1)
     # An all-zero message has no power, hence no noise; its root must not have an infinite slope.
-    root = jnp.where(power > 0, jnp.sqrt(jnp.where(power > 0, power, 1.0)), 0.0)
+    return jnp.where(power > 0, jnp.sqrt(jnp.where(power > 0, power, 1.0)), 0.0)
+
+
+def send_pruned(
+    key: Key[Array, ""],
+    x_n: Float[Array, " n"],
+    kept_n: Bool[Array, " n"],
+    psnr_db: Real,
+    unit: Unit = None,
+) -> Float[Array, " n"]:
+    """Send the kept scalars as 16-bit symbols of unit power through the noise; the rest arrive as zeros.
+
+    Args:
+        key: of the noise.
+        x_n: a latent's scalars, channels last.
+        kept_n: which are sent.
+        psnr_db: of the features.
+        unit: see `megjax.pipeline.split.noise_unit`.
+    """
+    x_n = quantise(x_n)
     sigma = from_db(-jnp.asarray(psnr_db, jnp.float32) / 2.0)
-    noise = sigma * root * jax.random.normal(key, x_n.shape)
-    return jnp.where(kept_n, x_n + noise, 0.0)
+    rms = message_rms(x_n, kept_n) if unit is None else jnp.tile(jnp.array(unit), x_n.size // len(unit))
+    sigma = sigma * rms
+    return jnp.where(kept_n, x_n + sigma * jax.random.normal(key, x_n.shape), 0.0)

@@ -121,11 +121,14 @@ def fading_power(fading: Complex[Array, "*b"], params: LinkParams) -> Float[Arra
 
 def doppler_correlation(doppler_hz: Real, interval_s: Real) -> Float[Array, "*shape"]:
     """Return J0(2 pi f_d tau), the correlation of a scattered gain after `interval_s` (Jakes' spectrum)."""
-    phase = 2.0 * jnp.pi * jnp.asarray(doppler_hz, jnp.float32) * interval_s
+    phase = jnp.abs(2.0 * jnp.pi * jnp.asarray(doppler_hz, jnp.float32) * interval_s)
     # The midpoint rule on J0's integral over a period converges geometrically while the phase has fewer
-    # radians than twice the points.
+    # radians than twice the points; from 80 on two terms of the asymptotic series leave 1e-6.
     angles = np.sin(np.pi * (np.arange(64) + 0.5) / 64).astype(np.float32)
-    return jnp.mean(jnp.cos(phase[..., None] * angles.reshape((1,) * phase.ndim + (64,))), axis=-1)
+    near = jnp.mean(jnp.cos(phase[..., None] * angles.reshape((1,) * phase.ndim + (64,))), axis=-1)
+    x = jnp.maximum(phase, 80.0)  # The branch not taken must stay finite, or its gradient would be NaN.
+    far = jnp.sqrt(2.0 / (jnp.pi * x)) * (jnp.cos(x - jnp.pi / 4) + jnp.sin(x - jnp.pi / 4) / (8.0 * x))
+    return jnp.where(phase < 80.0, near, far)
 
 
 def from_db(db: Real) -> Float[Array, "*shape"]:

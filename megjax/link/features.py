@@ -10,12 +10,12 @@ from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
 from megjax.link.channel import DEFAULT_LINK, LinkParams, Real, from_db, to_db
 
 FeatureRules: TypeAlias = Literal["default", "paper"]
-"""default: noise relative to the message's power. paper: noise of that level on un-normalised tokens."""
+"""default: noise relative to the message's power. paper: noise of that level on un-normalised latents."""
 FeatureDtype: TypeAlias = Literal["float16", "bfloat16"]
 
 
@@ -24,21 +24,22 @@ def transmit(
     tokens_MxD: Float[Array, "*b M D"],
     psnr_db: Real,
     count: Int[Array, "*b"] | int | None = None,
-    rules: FeatureRules = "default",
+    unit_D: Float[ArrayLike, " D"] | None = None,
     dtype: FeatureDtype = "float16",
 ) -> Float[Array, "*b M D"]:
     """Send merged tokens through the noisy channel, Eq. (19): received = Z' + noise.
 
     Quantise to 16 bits; p = mean square of Z' per message, one float32 free of noise; symbols Z' / sqrt(p);
-    noise N(0, sigma^2), sigma = 10^(-psnr_db / 20), on every scalar; times sqrt(p). Under `paper` p is 1, so
-    that 20 dB is the authors' standard deviation of 0.1. Gradients pass through the quantisation unchanged.
+    noise N(0, sigma^2), sigma = 10^(-psnr_db / 20), on every scalar; times sqrt(p). Under the rules `paper`
+    a unit stands in for sqrt(p): 20 dB is then the authors' standard deviation of 0.1 on un-normalised
+    latents. Gradients pass through the quantisation unchanged.
 
     Args:
         key: noise key.
         tokens_MxD: merged tokens; rows from `count` on are padding.
         psnr_db: peak signal-to-noise ratio in dB, one number or one per message.
         count: valid rows, N - R; None is all of them. Padding comes back as zeros.
-        rules: `default` or `paper`.
+        unit_D: what one unit of an un-normalised token is in these; None takes the message's own power.
         dtype: the 16-bit format. Values beyond float16's 65504 saturate; `wire.encode` refuses them.
     """
     batch, (rows, channels) = tokens_MxD.shape[:-2], tokens_MxD.shape[-2:]
@@ -49,12 +50,15 @@ def transmit(
         x = jnp.where(valid[..., None], x, 0.0)
     x = quantise(x, dtype)
     sigma = jnp.broadcast_to(from_db(-jnp.asarray(psnr_db, jnp.float32) / 2.0), batch)
-    if rules == "default":
+    scale = sigma[..., None, None]
+    if unit_D is None:
         scalars = rows * channels if count is None else jnp.maximum(count, 1) * channels
         power = jnp.sum(x**2, axis=(-2, -1)) / scalars
         # An all-zero message has no power, hence no noise; its root must not have an infinite slope.
-        sigma = sigma * jnp.where(power > 0, jnp.sqrt(jnp.where(power > 0, power, 1.0)), 0.0)
-    noise = sigma[..., None, None] * jax.random.normal(key, x.shape)
+        scale = scale * jnp.where(power > 0, jnp.sqrt(jnp.where(power > 0, power, 1.0)), 0.0)[..., None, None]
+    else:
+        scale = scale * jnp.asarray(unit_D, jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+    noise = scale * jax.random.normal(key, x.shape)
     if count is not None:
         noise = jnp.where(valid[..., None], noise, 0.0)
     return (x + noise).astype(tokens_MxD.dtype)

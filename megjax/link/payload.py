@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import isqrt
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import jax
 from jaxtyping import Int, ScalarLike
@@ -40,9 +40,11 @@ def payload_bits(
         grid: token rows and columns; left out, N must be a square number.
 
     Raises:
-        MegError: tokens that do not fill the grid, or are not square and have none; a static ratio beyond
-            what can be merged.
+        MegError: unknown rules; tokens that do not fill the grid, or are not square and have none; a static
+            ratio beyond what can be merged.
     """
+    if rules not in get_args(PayloadRules):
+        raise MegError(f"payload rules {rules!r}: choose from {', '.join(get_args(PayloadRules))}")
     grid = _grid_of(tokens) if grid is None else grid
     if grid[0] * grid[1] != tokens:
         raise MegError(f"{tokens} tokens on a {grid[0]} x {grid[1]} grid: need {grid[0] * grid[1]}")

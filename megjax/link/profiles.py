@@ -80,8 +80,8 @@ AnyProfile: TypeAlias = Profile | StepProfile
 
 def names() -> tuple[str, ...]:
     """Return the names of the profiles that `load` knows."""
-    servers = [name for name in _data()["machines"] if name not in ("paper_server", *_devices())]
-    return ("paper", "table2", *(name for name in servers if name != "paper_device"))
+    ends = ("paper_server", *_devices())
+    return ("paper", "table2", *(name for name in _data()["machines"] if name not in ends))
 
 
 def load(name: str | Path, device: str = "phone_flagship") -> AnyProfile:

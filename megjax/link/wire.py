@@ -81,8 +81,8 @@ def encode(
         layout: how tokens make up the latent.
 
     Raises:
-        MegError: features that are not finite or do not fit `dtype`; counts, shapes or sizes that disagree;
-            an unknown `dtype` or `layout`.
+        MegError: features that are not finite, or do not fit `dtype` or the header's power; counts, shapes or
+            sizes that disagree; an unknown `dtype` or `layout`.
     """
     check_grid(grid)
     for name, value, known in (("dtype", dtype, _NAMES), ("layout", layout, get_args(WireLayout))):
@@ -106,7 +106,9 @@ def encode(
         )
     scale, sent_MxD = _quantise(features_MxD, dtype)
     values_MxD = sent_MxD.astype(np.float64) * (scale if dtype == "int8" else 1.0)
-    power = np.float32(np.mean(values_MxD**2))
+    power = np.mean(values_MxD**2)
+    if power > np.finfo(np.float32).max:
+        raise MegError(f"features of mean square {power:g}: at most 3.4e38 can be sent, scale them down")
     flags = _NAMES.index(dtype) | (_STRIP if layout == "strip" else 0) | (rounds - 1) * _TWO_ROUNDS
     header = _HEADER.pack(
         VERSION, flags, *grid, channels, ratio, power, scale, np.asarray(key_data, "<u4").tobytes()

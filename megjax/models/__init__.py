@@ -6,7 +6,7 @@ from megjax.models.configs import CLIP_BIG_G, CLIPTextConfig, UNetConfig, VAECon
 from megjax.models.layout import layout
 from megjax.models.network import Network, Options, Params
 from megjax.models.unet import time_ids, unet
-from megjax.models.vae import vae_decoder, vae_encoder
+from megjax.models.vae import latent_unit, vae_decoder, vae_encoder
 
 __all__ = [
     "CLIP_BIG_G",
@@ -19,6 +19,7 @@ __all__ = [
     "VAEConfig",
     "clip_text",
     "from_dict",
+    "latent_unit",
     "layout",
     "read",
     "time_ids",

@@ -48,14 +48,12 @@ def attention(
         causal: each token sees itself and those before it.
 
     Raises:
-        MegError: for an unknown implementation.
+        MegError: for an unknown implementation, and for cuDNN where it isn't installed or in another dtype.
     """
     if implementation not in IMPLEMENTATIONS:
         raise MegError(f"attention {implementation!r} is not known; choose from {', '.join(IMPLEMENTATIONS)}")
     if implementation == "cudnn":
-        return jax.nn.dot_product_attention(
-            q_BxTxHxD, k_BxSxHxD, v_BxSxHxD, is_causal=causal, implementation="cudnn"
-        )
+        return _cudnn_attention(q_BxTxHxD, k_BxSxHxD, v_BxSxHxD, causal=causal)
     B, T, H, D = q_BxTxHxD.shape
     q_BxHxDxT, k_BxHxDxS, v_BxHxDxS = (
         _tokens_last(x) for x in ((q_BxTxHxD * D**-0.5).astype(q_BxTxHxD.dtype), k_BxSxHxD, v_BxSxHxD)
@@ -72,6 +70,20 @@ def attention(
         block = _largest_divisor(T, min(T, max(1, MAX_SCORE_BYTES // row_bytes)))
         out_BxHxDxT = _blockwise_attention(q_BxHxDxT, k_BxHxDxS, v_BxHxDxS, block)
     return out_BxHxDxT.reshape(B, H * D, T).swapaxes(1, 2).reshape(B, T, H, D)
+
+
+def _cudnn_attention(q: Array, k: Array, v: Array, *, causal: bool) -> Array:
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise MegError(
+            f"attention 'cudnn' in {q.dtype}: choose dtype bfloat16 or float16, or attention 'xla'"
+        )
+    try:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+    except RuntimeError as error:
+        # JAX asks for the library as it traces, so this holds ahead of time and for other platforms too.
+        if type(error) is not RuntimeError:
+            raise
+        raise MegError(f"attention 'cudnn': {error} It needs an NVIDIA GPU; choose 'xla'") from error
 
 
 def _tokens_last(x_BxTxHxD: Array) -> Array:

@@ -183,8 +183,13 @@ def _normalisation(config: VAEConfig) -> tuple[jax.Array, jax.Array]:
         if config.latents_mean is None
         else jnp.reshape(jnp.array(config.latents_mean), shape)
     )
-    std = jnp.ones(shape) if config.latents_std is None else jnp.reshape(jnp.array(config.latents_std), shape)
-    return mean, config.scaling_factor / std
+    return mean, jnp.reshape(jnp.array(latent_unit(config)), shape)
+
+
+def latent_unit(config: VAEConfig) -> tuple[float, ...]:
+    """What one unit of the autoencoder's own latent is in the U-Net's, a channel: 0.13 of SDXL's."""
+    std = config.latents_std or (1.0,) * config.latent_channels
+    return tuple(config.scaling_factor / s for s in std)
 
 
 def vae_encoder(config: VAEConfig, options: Options = Options()) -> Network:

@@ -13,14 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from megjax.diffusion.perflow import WINDOWS
 from megjax.errors import MegError
 from megjax.link.features import FeatureRules
 from megjax.link.payload import payload_bits
 from megjax.merging import token_grid
 from megjax.models import Params
 from megjax.pipeline.load import Pipeline
-from megjax.pipeline.split import Sampler, condition, decode, denoise, encode, send, unet_params
+from megjax.pipeline.split import Sampler, condition, decode, denoise, encode, noise_unit, send, unet_params
 from megjax.text import tokenize
 
 REFERENCE_STEPS = 12
@@ -94,7 +93,9 @@ def check(request: Request, pipeline: Pipeline) -> None:
         raise MegError(f"rules {request.rules!r}: choose from {', '.join(get_args(FeatureRules))}")
     if request.sampler not in (None, *get_args(Sampler)):
         raise MegError(f"sampler {request.sampler!r}: choose from {', '.join(get_args(Sampler))}")
-    fewest = WINDOWS if unet_params(pipeline, request.sampler)[1] == "perflow" else 1
+    if type(request.steps) is not int:
+        raise MegError(f"steps {request.steps}: a whole number is allowed")
+    fewest = pipeline.flow.windows if unet_params(pipeline, request.sampler)[1] == "perflow" else 1
     longest = len(pipeline.schedule.abar)
     if not fewest <= request.steps <= longest:
         raise MegError(f"steps {request.steps}: from {fewest} to {longest} are allowed")
@@ -166,6 +167,8 @@ def generate_each(
     Raises:
         MegError: see `generate`; requests that differ in something else.
     """
+    if not requests:
+        raise MegError("requests: give at least one")
     first = requests[0]
     for request in requests:
         check(request, pipeline)
@@ -183,13 +186,16 @@ def generate_each(
         for request in requests
     ]
     latents = _denoiser(pipeline, first, init_image_HxWx3, on_stage)
+    # The authors' reference merges tokens in the U-Net, too.
+    unit = noise_unit(first.rules, pipeline.vae_decoder.config)
+    reference_tome = first.tome_ratio if first.rules == "paper" else 0.0
     key_link = _keys(first)[1]
     on_stage("reference")
-    reference = _picture(pipeline, pipeline.params["vae_decoder"], latents(REFERENCE_STEPS, 0.0))
+    reference = _picture(pipeline, pipeline.params["vae_decoder"], latents(REFERENCE_STEPS, reference_tome))
     for request, payload in zip(requests, bits, strict=True):
         z_1xHxWxC = latents(request.steps, request.tome_ratio)
         on_stage("channel")
-        received = send(key_link, z_1xHxWxC, request.ratio, request.psnr_db, rules=request.rules)
+        received = send(key_link, z_1xHxWxC, request.ratio, request.psnr_db, rules=request.rules, unit=unit)
         on_stage("VAE decoder")
         image = _picture(pipeline, pipeline.device_decoder, received.z_BxHxWxC)
         mse = float(np.mean(np.square(image - reference), dtype=np.float64))
@@ -216,10 +222,8 @@ def _denoiser(
 ) -> Callable[[int, float], jax.Array]:
     """Encode prompt and picture; return the latents as a function of the steps and the ToMe ratio."""
     height, width = _size(pipeline, request)
-    if init_image_HxWx3 is not None and init_image_HxWx3.shape != (height, width, 3):
-        raise MegError(
-            f"the picture to start from is {init_image_HxWx3.shape}; resize it to {height, width, 3}"
-        )
+    if init_image_HxWx3 is not None:
+        _check_picture(init_image_HxWx3, (height, width, 3))
     ids = tokenize(pipeline.tokenizers, [request.prompt])
     empty_ids = tokenize(pipeline.tokenizers, [request.negative_prompt], allow_empty=True)
     params = pipeline.params
@@ -257,6 +261,20 @@ def _denoiser(
         )
 
     return latents
+
+
+def _check_picture(image_HxWx3: np.ndarray, shape: tuple[int, int, int]) -> None:
+    """Refuse a picture to start from that is not one."""
+    if image_HxWx3.shape != shape:
+        raise MegError(f"the picture to start from is {image_HxWx3.shape}; resize it to {shape}")
+    # Written so that NaN is refused.
+    if not (
+        np.issubdtype(image_HxWx3.dtype, np.floating) and 0 <= image_HxWx3.min() <= image_HxWx3.max() <= 1
+    ):
+        raise MegError(
+            f"the picture to start from is {image_HxWx3.dtype}, {image_HxWx3.min()} to {image_HxWx3.max()}; "
+            "give numbers from 0 to 1 (of bytes, divide by 255)"
+        )
 
 
 def _picture(pipeline: Pipeline, decoder: Params, z_1xHxWxC: jax.Array) -> np.ndarray:

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
-from safetensors.numpy import load_file
 
 from megjax import weights
-from megjax.diffusion import Schedule, read_schedule, schedule
+from megjax.diffusion import Flow, Schedule, read_flow, read_schedule, schedule
 from megjax.errors import WeightsError
 from megjax.models import (
     CLIP_BIG_G,
@@ -29,6 +28,7 @@ from megjax.models import (
     vae_encoder,
 )
 from megjax.text import load_tokenizers
+from megjax.weights import formats
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -58,6 +58,7 @@ class Pipeline:
             MEG-Pruning what to send.
         tokenizers: one for each text encoder.
         schedule: the noise schedule.
+        flow: what the student follows.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Pipeline:
     params: dict[str, Any]
     tokenizers: tuple[CLIPTokenizer, ...]
     schedule: Schedule
+    flow: Flow = dataclasses.field(default_factory=Flow)
 
     @property
     def image_size(self) -> int:
@@ -118,7 +120,9 @@ def load_pipeline(
         "text_encoder_2": clip_text(config(CLIPTextConfig, "text_encoder_2"), options),
         "unet": unet(config(UNetConfig, "unet"), options),
     }
-    _check_widths(str(model), networks)
+    _check_widths(str(model), networks, vae)
+    tokenizers = load_tokenizers(folder.path)
+    _check_tokenizers(str(model), networks, tokenizers)
 
     def read(part: str, shapes: Params) -> Params:
         if on_part is not None:
@@ -137,8 +141,8 @@ def load_pipeline(
         names = sorted(part.name for part in (folder.path / DECODERS).iterdir() if part.is_dir())
         params["decoders"] = {name: read(f"{DECODERS}/{name}", decoder.shapes) for name in names}
     if (folder.path / GATE).is_file():
-        flat = load_file(folder.path / GATE)
-        params["gate"] = unflatten_dict({tuple(k.split("/")): jnp.asarray(v) for k, v in flat.items()})
+        side = networks["unet"].config.sample_size
+        params["gate"] = _read_gate(folder.path / GATE, side * side * vae.latent_channels)
     return Pipeline(
         name=str(model),
         text_encoders=(networks["text_encoder"], networks["text_encoder_2"]),
@@ -146,8 +150,9 @@ def load_pipeline(
         vae_encoder=encoder,
         vae_decoder=decoder,
         params=params,
-        tokenizers=load_tokenizers(folder.path),
+        tokenizers=tokenizers,
         schedule=read_schedule(folder.path / "scheduler" / "scheduler_config.json"),
+        flow=read_flow(folder.path / STUDENT),
     )
 
 
@@ -166,7 +171,25 @@ def sdxl(options: Options = Options()) -> Pipeline:
     )
 
 
-def _check_widths(model: str, networks: dict[str, Network]) -> None:
+def _read_gate(path: Path, size: int) -> Params:
+    """MEG-Pruning's gate, `megjax.distill.pruning.init_gate`, for latents of `size` values."""
+    tensors = formats.tensors(path)
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    hidden = next(iter(found.get("in/bias", ())), 1)
+    expected = {
+        "in/kernel": (1, hidden),
+        "in/bias": (hidden,),
+        "out/kernel": (hidden, size),
+        "out/bias": (size,),
+    }
+    if found != expected:
+        raise WeightsError(
+            f"{path}: holds {found}; expected {expected}: distil MEG-Pruning for this backbone"
+        )
+    return unflatten_dict({tuple(name.split("/")): jnp.asarray(t.read()) for name, t in tensors.items()})
+
+
+def _check_widths(model: str, networks: dict[str, Network], vae: VAEConfig) -> None:
     text, text_2, unet = (networks[part].config for part in ("text_encoder", "text_encoder_2", "unet"))
     if not text_2.with_projection:
         raise WeightsError(f"{model}: text_encoder_2 must be a CLIPTextModelWithProjection")
@@ -176,3 +199,27 @@ def _check_widths(model: str, networks: dict[str, Network]) -> None:
             f"{model}: text encoders of width {width}, pooled {text_2.projection_dim}, do not fit a U-Net "
             f"with cross_attention_dim {unet.cross_attention_dim} and pooled width {unet.pooled_dim}"
         )
+    if not unet.in_channels == unet.out_channels == vae.latent_channels:
+        raise WeightsError(
+            f"{model}: a U-Net from {unet.in_channels} channels to {unet.out_channels} does not fit a VAE of "
+            f"{vae.latent_channels} latent channels; inpainting and other such models are not supported"
+        )
+
+
+def _check_tokenizers(
+    model: str, networks: dict[str, Network], tokenizers: tuple[CLIPTokenizer, ...]
+) -> None:
+    """Token ids and positions that an encoder lacks would be embedded as NaN."""
+    parts = ("text_encoder", "text_encoder_2")
+    if len(tokenizers) != len(parts):
+        raise WeightsError(f"{model}: has no tokenizer_2; each of the two text encoders needs its own")
+    for part, tokenizer in zip(parts, tokenizers, strict=True):
+        encoder = networks[part].config
+        ids = 1 + max(tokenizer.get_vocab().values())
+        length = tokenizer.model_max_length
+        if ids > encoder.vocab_size or length > encoder.max_position_embeddings:
+            raise WeightsError(
+                f"{model}: the tokenizer of {part} has {ids} ids and texts of {length} tokens, its encoder "
+                f"vocab_size {encoder.vocab_size} and max_position_embeddings "
+                f"{encoder.max_position_embeddings}; they belong to different models"
+            )

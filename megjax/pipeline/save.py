@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from jaxtyping import DTypeLike
 
 from megjax import weights
 from megjax.diffusion import Schedule
+from megjax.files import replacing_folder
 from megjax.models import CLIPTextConfig, Params, UNetConfig, VAEConfig, to_dict
 
 INDEX = {
@@ -48,11 +47,7 @@ def save_pipeline(
         write_tokenizer: writes one tokenizer's files into a folder; both are the same.
         dtype: of the stored weights.
     """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    temporary.chmod(0o755)
-    try:
+    with replacing_folder(Path(folder)) as temporary:
         parts = {**params, "vae": {**params["vae_encoder"], **params["vae_decoder"]}}
         for part, config in configs.items():
             stored = jax.tree.map(lambda p: p.astype(dtype), parts[part])
@@ -62,14 +57,6 @@ def save_pipeline(
             write_tokenizer(temporary / part)
         _write_json(temporary / "scheduler" / "scheduler_config.json", _scheduler(schedule))
         _write_json(temporary / "model_index.json", INDEX)
-        # The old folder goes once the new one has its name.
-        old = temporary.with_name(f"{temporary.name}-old")
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _scheduler(schedule: Schedule) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,17 @@ from megjax.diffusion import (
     perflow,
     perflow_timesteps,
 )
-from megjax.diffusion.perflow import WINDOWS
+from megjax.errors import MegError
 from megjax.link.features import FeatureRules, transmit
-from megjax.models import Params
+from megjax.models import Params, VAEConfig, latent_unit
 from megjax.pipeline.load import Pipeline
 
 Sampler = Literal["ddim", "perflow"]
 """How the U-Net's predictions become a latent: a teacher's by DDIM, a student's by Eq. (11)."""
+
+
+Unit: TypeAlias = tuple[float, ...] | None
+"""What the features' noise is relative to: the message's own power (None), or so much of each channel."""
 
 
 class Received(NamedTuple):
@@ -90,13 +94,12 @@ def denoise(
     """
     schedule = pipeline.schedule
     steps = jnp.asarray(steps, jnp.int32)
+    kind, windows = pipeline.flow
     if sampler == "perflow":
-        steps = jnp.maximum(steps, WINDOWS)
-    # As diffusers does: int(T s) of the T steps; the small term keeps 10 x 0.3 from being 2.9999.
-    run = jnp.clip(jnp.floor(steps * strength + 1e-4).astype(jnp.int32), 1, steps)
-    first = steps - run
+        steps = jnp.maximum(steps, windows)
+    first = steps - steps_run(steps, strength)
     if sampler == "perflow":
-        t = perflow_timesteps(schedule, steps, first)[0] - 1
+        t = perflow_timesteps(schedule, steps, first, windows)[0] - 1
     else:
         t, _ = ddim_timesteps(schedule, steps, first)
     partly = noised(schedule, start_BxHxWxC, noise_BxHxWxC, jnp.full(len(noise_BxHxWxC), t))
@@ -107,8 +110,15 @@ def denoise(
         predict = conditioned(pipeline.unet, params, prompt, token_merge)
     else:
         predict = guided(pipeline.unet, params, prompt, empty, guidance, token_merge)
-    solve = perflow if sampler == "perflow" else ddim
-    return solve(predict, z, schedule, steps, first)
+    if sampler == "perflow":
+        return perflow(predict, z, schedule, steps, first, kind=kind, windows=windows)
+    return ddim(predict, z, schedule, steps, first)
+
+
+def steps_run(steps: Int[Array, ""] | int, strength: Float[Array, ""] | float) -> Int[Array, ""]:
+    """How many of T steps run from a picture (SDEdit), the least noisy ones: floor(T s), at least one."""
+    # The small term keeps 10 x 0.3 from being 2.9999.
+    return jnp.clip(jnp.floor(steps * jnp.asarray(strength) + 1e-4).astype(jnp.int32), 1, steps)
 
 
 def unet_params(pipeline: Pipeline, sampler: Sampler | None = None) -> tuple[Params, Sampler]:
@@ -119,7 +129,12 @@ def unet_params(pipeline: Pipeline, sampler: Sampler | None = None) -> tuple[Par
     return (pipeline.params.get("student", teacher) if sampler == "perflow" else teacher), sampler
 
 
-@functools.partial(jax.jit, static_argnames=("rules",))
+def noise_unit(rules: FeatureRules, vae: VAEConfig) -> Unit:
+    """What the features' noise is relative to: under `paper`, one unit of the autoencoder's own latents."""
+    return latent_unit(vae) if rules == "paper" else None
+
+
+@functools.partial(jax.jit, static_argnames=("rules", "unit"))
 def send(
     key: Key[Array, ""],
     z_BxHxWxC: Float[Array, "B H W C"],
@@ -127,6 +142,7 @@ def send(
     psnr_db: Float[Array, ""] | float,
     *,
     rules: FeatureRules = "default",
+    unit: Unit = None,
 ) -> Received:
     """Merge, transmit and un-merge: Eqs. (15)-(19). One executable for every ratio and noise level.
 
@@ -137,8 +153,14 @@ def send(
         psnr_db: of the features, traced; infinite is a perfect channel.
         rules: `default`: 2 x 2 patches, up to two rounds by Euclidean distance on the best of 16 partitions,
             noise on unit-power symbols. `paper`: strips, one round by cosine on one partition, noise of that
-            standard deviation on un-normalised tokens.
+            standard deviation on un-normalised latents.
+        unit: from `noise_unit`.
+
+    Raises:
+        MegError: a unit under `default`, or none under `paper`.
     """
+    if (unit is None) != (rules == "default"):
+        raise MegError(f"rules {rules}, unit {unit}: take the unit of noise_unit({rules!r}, ...)")
     layout = "patch" if rules == "default" else "strip"
     key_partition, key_noise = jax.random.split(key)
     grid = merging.token_grid(*z_BxHxWxC.shape[1:3])
@@ -148,7 +170,8 @@ def send(
         plan, _ = merging.match_best(tokens, key_partition, ratio, grid)
     else:
         plan = merging.match(tokens, key_partition, ratio, grid, rounds=1)
-    received = transmit(key_noise, merging.merge(tokens, plan), psnr_db, plan.count, rules=rules)
+    unit_D = None if unit is None else jnp.array(4 * unit)
+    received = transmit(key_noise, merging.merge(tokens, plan), psnr_db, plan.count, unit_D)
     return Received(merging.from_tokens(merging.unmerge(received, plan), grid, layout), plan.count)
 
 

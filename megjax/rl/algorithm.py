@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from megjax.errors import MegError
 from megjax.rl import networks
 from megjax.rl.env import Env
 from megjax.rl.networks import Gaussian, Mlp, Moments
@@ -46,6 +48,41 @@ class Algorithm(NamedTuple):
     policy: Callable[[Any], PolicyParams]
     """state -> the policy as of now."""
     epochs: int
+
+
+_ALLOWED = (
+    (("discount",), lambda x: 0 <= x < 1, "from 0 to below 1"),
+    (("gae", "target_rate"), lambda x: 0 <= x <= 1, "from 0 to 1"),
+    (("std_start", "std_end", "kl_bound"), lambda x: x > 0, "above 0"),
+    (("particles",), lambda x: x >= 2, "at least 2"),
+    (
+        ("groups", "envs", "collect_steps", "epochs", "updates_per_epoch", "critic_batch", "policy_batch")
+        + ("n_step", "hidden", "dual_iterations", "iterations", "passes", "minibatches", "mean_memory"),
+        lambda x: x >= 1,
+        "at least 1",
+    ),
+)
+_REST = (lambda x: x >= 0, "0 or more")
+
+
+def check_settings(config: Any) -> None:
+    """Refuse what would train to NaN or fail in the middle of a compilation.
+
+    Args:
+        config: a learner's hyper-parameters, a `CvpoConfig` or a `PpoConfig`.
+
+    Raises:
+        MegError: the first setting that is out of its range.
+    """
+    if not config.hidden:
+        raise MegError("hidden (): give the width of at least one layer")
+    if config.greedy_envs >= config.envs:
+        raise MegError(f"greedy_envs {config.greedy_envs}: from 0 to below envs, {config.envs}, are allowed")
+    for path, value in jax.tree.leaves_with_path(dataclasses.asdict(config)):
+        name = [step.key for step in path if isinstance(step, jax.tree_util.DictKey)][-1]
+        allows, text = next((rule for names, *rule in _ALLOWED if name in names), _REST)
+        if not isinstance(value, str) and not (math.isfinite(value) and allows(value)):
+            raise MegError(f"{name} {value}: must be a finite number, {text}")
 
 
 def whole_run(algorithm: Algorithm) -> Callable[[PRNGKeyArray, Any], tuple[Any, dict[str, Array]]]:

@@ -1,5 +1,4 @@
-"""MEG-CVPO: constrained policy optimisation as inference, one compiled function of the whole run, Eqs.
-(25)-(47).
+"""MEG-CVPO: constrained policy optimisation as inference, a run compiled as one function, Eqs. (25)-(47).
 
 An epoch collects a few frames from many environment copies and makes a few updates; an update trains the
 critics on replayed frames, finds the best feasible re-weighting of the policy's own particles (E-step) and
@@ -27,12 +26,12 @@ from megjax.rl.algorithm import (
     Transition,
     anneal,
     behaviour,
+    check_settings,
     collect,
     in_groups,
     per_group,
     reset_copies,
     update_means,
-    whole_run,
 )
 from megjax.rl.env import Env
 from megjax.rl.estep import Dual, DualSolver, EStep, e_step_gradient, e_step_newton
@@ -131,14 +130,17 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
     """Return MEG-CVPO on an environment.
 
     Raises:
-        MegError: copies, batches or particles that do not fit each other.
+        MegError: a setting out of its range; batches, or a replay and an epoch, that do not fit each other.
     """
-    if not 0 <= config.greedy_envs < config.envs:
-        raise MegError(f"greedy_envs {config.greedy_envs}: from 0 to below envs, {config.envs}, are allowed")
-    if not 1 <= config.policy_batch <= config.critic_batch:
-        raise MegError(f"policy_batch {config.policy_batch}: from 1 to critic_batch, {config.critic_batch}")
-    if min(config.groups, config.collect_steps, config.epochs, config.n_step, config.particles - 1) < 1:
-        raise MegError("groups, collect_steps, epochs and n_step must be at least 1, particles at least 2")
+    check_settings(config)
+    if config.policy_batch > config.critic_batch:
+        raise MegError(f"policy_batch {config.policy_batch}: at most critic_batch, {config.critic_batch}")
+    kept = config.replay_frames // config.envs
+    if not config.n_step <= config.collect_steps <= kept:
+        raise MegError(
+            f"collect_steps {config.collect_steps}: from n_step, {config.n_step}, to the {kept} frames that the "
+            "replay keeps of each copy, replay_frames // envs"
+        )
     groups, m = config.groups, env.cost_size
     q = 1 + m
     replay = make_replay(
@@ -295,9 +297,10 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
             return state, report
 
         state, report = jax.lax.scan(update, state, keys[1:])
+        explored = seen.signal[:, config.greedy_envs :]
         metrics = jax.tree.map(lambda x: jnp.mean(x, axis=0), report) | {
-            "reward": jnp.mean(seen.signal[..., 0], axis=(1, 2)),
-            "cost": jnp.mean(seen.signal[..., 1:], axis=(1, 2)),
+            "reward": jnp.mean(explored[..., 0], axis=(1, 2)),
+            "cost": jnp.mean(explored[..., 1:], axis=(1, 2)),
             "mean_signal": state.means.signal,
             "greedy_excess": state.means.greedy_excess,
             "eta": state.dual.eta,
@@ -310,13 +313,6 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
         return PolicyParams(state.actor, state.moments, std_range(state.step))
 
     return Algorithm(init, epoch, policy, config.epochs)
-
-
-def make_train(
-    config: CvpoConfig, env: Env
-) -> Callable[[PRNGKeyArray, Any], tuple[CvpoState, dict[str, Array]]]:
-    """Return the whole run as a function of (key, params): it jits and vmaps; limits and seeds are traced."""
-    return whole_run(make_cvpo(config, env))
 
 
 def _dual_solver(config: CvpoConfig) -> Callable[[Array, Array, Array, Dual], EStep]:

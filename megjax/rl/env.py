@@ -125,7 +125,6 @@ def make_env(
     payload: Payload = analytic_payload,
     *,
     observe_limits: bool = False,
-    shadowing: bool = False,
     tied_psnr: bool = False,
 ) -> Env:
     """Return the environment of Eqs. (22)-(23).
@@ -134,7 +133,6 @@ def make_env(
         quality: the MSE behind the reward -log MSE.
         payload: bits of a message at a merging ratio.
         observe_limits: append the limits to the observation, for one policy that obeys any limits.
-        shadowing: draw log-normal shadowing each frame (`LinkParams.shadowing_std_db`).
         tied_psnr: the features' PSNR follows the link's SNR (`features.psnr_from_snr`), `psnr_db` above it.
     """
 
@@ -146,8 +144,11 @@ def make_env(
 
     def draw_snr(key: PRNGKeyArray, fading: Complex[Array, ""], params: EnvParams) -> Float[Array, ""]:
         distance_m = channel.sample_distance_m(key, params.link)
-        shadowing_db = (
-            channel.sample_shadowing_db(jax.random.fold_in(key, 1), params.link) if shadowing else 0.0
+        # Most links have none, and the draw is a fifth of a step's time.
+        shadowing_db = jax.lax.cond(
+            params.link.shadowing_std_db != 0.0,
+            lambda: channel.sample_shadowing_db(jax.random.fold_in(key, 1), params.link),
+            lambda: jnp.zeros(()),
         )
         return channel.snr(distance_m, channel.fading_power(fading, params.link), shadowing_db, params.link)
 

@@ -1,12 +1,11 @@
-"""The E-step of MEG-CVPO: the best feasible re-weighting of the particles, through its convex dual, Eqs.
-(32)-(41).
+"""The E-step of MEG-CVPO: the best feasible re-weighting of the particles by its dual, Eqs. (32)-(41).
 
 Over the particles a_k ~ pi_old(.|s) of a batch of states, q maximises E_q[Q_r] subject to E_q[Q_i] <= c_i and
 KL(q || pi_old) <= eps. Its dual has one variable for the KL bound (eta) and one for each constraint (lam_i):
 
-    g(eta, lam) = eta eps + sum_i lam_i c_i + eta mean_s log mean_k exp(A_k / eta),  A_k = Q_r - sum_i lam_i
-    Q_i   (40) q_k(s) = softmax_k(A_k / eta)
-    (38)-(39)
+    A_k(s) = Q_r(s, a_k) - sum_i lam_i Q_i(s, a_k)
+    g(eta, lam) = eta eps + sum_i lam_i c_i + eta mean_s log mean_k exp(A_k / eta)    (40)
+    q_k(s) = softmax_k(A_k / eta)                                                     (38)-(39)
 """
 
 from __future__ import annotations
@@ -39,7 +38,8 @@ class EStep(NamedTuple):
     """q_k(s), each row sums to 1."""
     dual: Dual
     kkt: Float[Array, ""]
-    """Largest KKT residual, in units of the tables' spread."""
+    """Largest KKT residual: of `e_step_newton` in units of the tables' spread, of `e_step_gradient` in the
+    tables' own."""
     iterations: Int[Array, ""]
 
 

@@ -16,11 +16,7 @@ Mlp: TypeAlias = tuple[tuple[Array, Array], ...]
 Squash: TypeAlias = Literal["none", "tanh"]
 """How a policy's mean is kept in [0, 1]: not at all (the environment clips), or by tanh (the authors')."""
 
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": jax.nn.relu,
-    "tanh": jnp.tanh,
-    "silu": jax.nn.silu,
-}
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": jax.nn.relu, "tanh": jnp.tanh}
 
 
 class Gaussian(NamedTuple):

@@ -1,5 +1,4 @@
-"""The optimum of problem (23) for channels that no action moves: a linear programme over (channel bin,
-action).
+"""The optimum of problem (23) where no action moves the channel: a linear programme over (bin, action).
 
 The master programme holds a few actions a bin; its shadow prices say which action every bin would rather
 have, which are added until none is missing (column generation). That is exact on the whole grid and a
@@ -112,7 +111,8 @@ def solve(table: Tables, limits: np.ndarray | tuple[float, ...]) -> Optimum:
     """Return the optimum of (23) on these tables: HiGHS on the master, column generation around it.
 
     Raises:
-        MegError: the limits cannot be met; the message names the lowest reachable values.
+        MegError: the limits cannot be met, with the lowest reachable values; limits or tables that are not
+            finite.
     """
     limits = np.asarray(limits, float)
     check_reachable(table, limits)
@@ -123,8 +123,16 @@ def solve(table: Tables, limits: np.ndarray | tuple[float, ...]) -> Optimum:
 
 
 def reach(table: Tables, limits: np.ndarray | tuple[float, ...]) -> Reach:
-    """Return whether any policy meets the limits, and the lowest mean of each cost."""
-    limits = np.asarray(limits, float)
+    """Return whether any policy meets the limits, and the lowest mean of each cost.
+
+    Raises:
+        MegError: limits or tables that are not finite.
+    """
+    limits, m = np.asarray(limits, float), table.costs_SxAxM.shape[-1]
+    if limits.shape != (m,) or not np.all(np.isfinite(limits)):
+        raise MegError(f"limits {limits.tolist()}: need {m} finite numbers, one for each cost")
+    if not (np.all(np.isfinite(table.rewards_SxA)) and np.all(np.isfinite(table.costs_SxAxM))):
+        raise MegError("tables: rewards and costs must be finite; is a number of the problem's NaN?")
     lowest = table.costs_SxAxM.min(axis=1).mean(axis=0)
     # No reward: what is left of the elastic programme is the least common excess.
     *_, excess = _column_generation(np.zeros_like(table.rewards_SxA), table.costs_SxAxM, limits)

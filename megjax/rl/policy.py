@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -72,16 +73,18 @@ def act(
         policy: from `load_policy`.
         snr_db: the channel's gain-to-noise ratio now, in dB.
         latency_s, energy_kj: of the previous frame; 0 for the first.
-        limits: mean latency (s) and energy (kJ) to keep; read by conditioned policies only.
+        limits: mean latency (s) and energy (kJ) to keep. A conditioned policy takes any between its lowest
+            and highest (left out, the middle ones of its list), any other only those it was trained for.
         key: draw from the policy; left out, its mean is taken.
 
     Raises:
-        MegError: a number that is not finite, or limits given to a policy that was trained for others; one
-            conditioned on them knows those between its lowest and highest.
+        MegError: a number that is not finite, limits that are no pair, or that the policy does not keep.
     """
-    numbers = (snr_db, latency_s, energy_kj, *(limits or ()))
+    numbers = (snr_db, latency_s, energy_kj, *(() if limits is None else limits))
     if not np.all(np.isfinite(numbers)):
         raise MegError(f"policy: SNR, latency, energy and limits must be finite, got {numbers}")
+    if limits is not None and len(limits) != 2:
+        raise MegError(f"limits {tuple(limits)}: give two, a mean latency (s) and a mean energy (kJ)")
     trained = policy.info.limits
     observation = [snr_db, latency_s, energy_kj]
     if policy.info.conditioned:
@@ -116,7 +119,7 @@ def load_policy(path: Path) -> Policy:
     """Read a policy that `save_policy` wrote.
 
     Raises:
-        MegError: the file is missing, damaged or something else.
+        MegError: the file is missing, damaged or something else, or its numbers cannot act.
     """
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
@@ -133,11 +136,32 @@ def load_policy(path: Path) -> Policy:
         actor = tuple((tensors[f"actor.{i}.weight"], tensors[f"actor.{i}.bias"]) for i in layers)
         moments = Moments(jnp.ones(()), tensors["moments.mean"], tensors["moments.var"])
         low, high = tensors["std_range"]
+        policy = Policy(PolicyParams(actor, moments, (low, high)), info)
+        _check(policy)
     except MegError:
         raise
     except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise MegError(f"{path} is not a MegJAX policy: {error}") from error
-    return Policy(PolicyParams(actor, moments, (low, high)), info)
+    return policy
+
+
+def _check(policy: Policy) -> None:
+    """Raise a ValueError for what `act` could not use."""
+    (actor, moments, std_range), info = policy
+    size = 5 if info.conditioned else 3
+    widths = [size, *(bias.size for _, bias in actor[:-1]), 4]
+    layers = [shape for i, o in itertools.pairwise(widths) for shape in ((i, o), (o,))]
+    numbers = jax.tree.leaves((actor, moments.mean, moments.var, std_range))
+    shapes, expected = [x.shape for x in numbers], [*layers, (size,), (size,), (), ()]
+    if shapes != expected:
+        raise ValueError(f"tensors of shapes {shapes}, not {expected}")
+    if not all(np.all(np.isfinite(x)) for x in numbers) or np.any(moments.var < 0) or min(std_range) <= 0:
+        raise ValueError("weights, moments and standard deviations must be finite, the last above 0")
+    limits = np.asarray(info.limits, float)
+    if limits.shape != (max(len(limits), 1), 2) or not np.all(np.isfinite(limits) & (limits > 0)):
+        raise ValueError(f"limits {info.limits}: must be pairs of finite numbers above 0, at least one")
+    if not 1 <= info.min_steps <= info.max_steps or info.squash not in get_args(Squash):
+        raise ValueError(f"steps {info.min_steps} to {info.max_steps}, squash {info.squash!r}")
 
 
 def stacked(params: PolicyParams, index: int) -> PolicyParams:

@@ -1,5 +1,4 @@
-"""PPO-Lagrangian, Eq. (24): clipped policy gradients of J_r - sum_i lam_i J_i, the multipliers under PID
-control.
+"""PPO-Lagrangian, Eq. (24): clipped policy gradients of J_r - sum_i lam_i J_i, lam under PID control.
 
 The baseline of MEG-CVPO, with the same networks, environment copies and whole-run compilation. PID: Stooke et
 al. 2020, arXiv 2007.03964; with only the integral gain it is the plain Lagrangian method.
@@ -23,6 +22,7 @@ from megjax.rl.algorithm import (
     PolicyParams,
     anneal,
     behaviour,
+    check_settings,
     collect,
     in_groups,
     per_group,
@@ -133,13 +133,12 @@ def make_ppo(config: PpoConfig, env: Env) -> Algorithm:
     """Return PPO-Lagrangian on an environment.
 
     Raises:
-        MegError: copies that do not fit each other, or an epoch's frames that the minibatches do not divide.
+        MegError: a setting out of its range, or an epoch's frames that the minibatches do not divide.
     """
+    check_settings(config)
     groups, m = config.groups, env.cost_size
-    if not 0 <= config.greedy_envs < config.envs:
-        raise MegError(f"greedy_envs {config.greedy_envs}: from 0 to below envs, {config.envs}, are allowed")
     frames = groups * (config.envs - config.greedy_envs) * config.collect_steps
-    if min(frames, config.minibatches, config.passes, config.epochs) < 1 or frames % config.minibatches:
+    if frames % config.minibatches:
         raise MegError(f"minibatches {config.minibatches}: they must divide the {frames} frames of an epoch")
     updates = config.epochs * config.passes * config.minibatches
     optimizer = optax.chain(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from megjax.link.payload import PayloadRules, payload_bits
@@ -29,12 +28,11 @@ ANALYTIC = Problem()
 
 
 def environment(problem: Problem, *, observe_limits: bool = False) -> Env:
-    """Return the problem's environment; shadowing is drawn where its spread is not 0."""
+    """Return the problem's environment."""
     return make_env(
         problem.quality,
         problem.payload,
         observe_limits=observe_limits,
-        shadowing=_shadowed(problem.params),
         tied_psnr=problem.tied_psnr,
     )
 
@@ -68,7 +66,3 @@ def wire_payload(tokens: int = 4096, channels: int = 16, rules: PayloadRules = "
         return jnp.asarray(payload_bits(ratio, tokens, channels, rules=rules))
 
     return payload
-
-
-def _shadowed(params: EnvParams) -> bool:
-    return bool(np.any(np.asarray(params.link.shadowing_std_db) != 0.0))

@@ -111,16 +111,16 @@ def train_policies(
         `deterministic` and `sampled`, each with the entries of `Evaluation`.
 
     Raises:
-        MegError: limits that no policy can meet, named with the lowest reachable values, or a folder of
-            another run.
+        MegError: limits that no policy can meet, named with the lowest reachable values; a setting out of its
+            range, or a folder of another run.
     """
     problem = problem_of(config) if problem is None else problem
     params, env = problem.params, environment(problem, observe_limits=config.conditioned)
     _check(config)
-    table = tabulate(problem) if table is None else table
-    best = {limits: optimum.solve(table, limits).reward for limits in config.limits}
     runs, learner = _runs(config), _learner(config)
     algorithm = _algorithm(learner, env)
+    table = tabulate(problem) if table is None else table
+    best = {limits: optimum.solve(table, limits).reward for limits in config.limits}
     _claim(config, table)
     with _progress(f"{len(runs.seeds_R)} runs") if report is None else contextlib.nullcontext(report) as tell:
         states = _fit(config, algorithm, params, runs, best, tell)
@@ -363,6 +363,8 @@ def _check(config: PolicyRunConfig) -> None:
         raise MegError("limits and seeds: each may be given once")
     if config.chunks < 1 or config.episodes < 1:
         raise MegError(f"chunks {config.chunks}, episodes {config.episodes}: at least 1 of each")
+    if not np.isfinite(config.psnr_db):
+        raise MegError(f"psnr_db {config.psnr_db}: must be a finite number")
 
 
 def _claim(config: PolicyRunConfig, table: optimum.Tables) -> None:

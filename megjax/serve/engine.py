@@ -19,7 +19,6 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from megjax import merging
 from megjax.diffusion import Conditioning
-from megjax.diffusion.perflow import WINDOWS
 from megjax.errors import MegError
 from megjax.link import wire
 from megjax.link.counts import Grid, most_merged
@@ -124,7 +123,7 @@ def largest_ratio(pipeline: Pipeline, size: Size) -> float:
 
 def fewest_steps(pipeline: Pipeline) -> int:
     """The fewest denoising steps that the backbone's sampler takes."""
-    return WINDOWS if unet_params(pipeline)[1] == "perflow" else 1
+    return pipeline.flow.windows if unet_params(pipeline)[1] == "perflow" else 1
 
 
 def messages(pipeline: Pipeline, tasks: Sequence[Task], batch: int) -> tuple[list[Sent | MegError], Times]:

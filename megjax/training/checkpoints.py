@@ -103,7 +103,8 @@ def open_checkpoints(
     """
 
     def metric(metrics: dict[str, float]) -> float:
-        return metrics.get(best, math.inf)
+        value = metrics.get(best, math.inf)
+        return value if math.isfinite(value) else math.inf
 
     if jax.process_index() == 0:
         for path in sorted(_steps(folder), key=lambda p: int(p.name)):

@@ -97,12 +97,13 @@ def fit(
         batches: the same as an iterator, whose position is part of the checkpoints.
         frozen: parameters that the loss needs beside those that it trains: it is given `Inputs` then.
         mesh: that the state lies on; each process then gives its part of a batch.
-        every: steps between log lines.
-        checkpoint_every: steps between checkpoints.
-        keep: the last so many checkpoints are kept, and the best.
+        every: steps between log lines; at least 1.
+        checkpoint_every: steps between checkpoints; at least 1.
+        keep: the last so many checkpoints are kept, and the best; at least 1.
         best: name of the metric that is lowest in the best checkpoint; of the evaluation, or of training.
         evaluate: looks at the state now and then.
-        evaluate_every: steps between evaluations; checkpoints should fall on the same steps.
+        evaluate_every: steps between evaluations, 0 for one at the end; only a checkpoint on the step of an
+            evaluation, or of a log line for a metric of training, can be the best.
         work: what a step does, for the speed that is shown.
         tensorboard: write for TensorBoard too.
 
@@ -110,11 +111,19 @@ def fit(
         The final state.
 
     Raises:
-        MegError: the folder cannot take the checkpoints; they are damaged, all of them, or another model's;
-            loss or gradient was not finite for 10 steps in a row.
+        MegError: a number below its least; the folder cannot take the checkpoints; they are damaged, all of
+            them, or another model's; loss or gradient was not finite for 10 steps in a row.
     """
     if (batch_at is None) == (batches is None):
         raise MegError("fit: give one of batch_at and batches")
+    for argument, value, least in (
+        ("every", every, 1),
+        ("checkpoint_every", checkpoint_every, 1),
+        ("keep", keep, 1),
+        ("evaluate_every", evaluate_every, 0),
+    ):
+        if value < least:
+            raise MegError(f"{argument} {value}: must be at least {least}")
     if jax.process_index() == 0:
         require_room(folder / name, state, keep + 2)
     with contextlib.ExitStack() as stack:
@@ -138,7 +147,7 @@ def fit(
         logs.progress(first, "")
 
         update = _compiled(step, state, mesh)
-        window, means = _Window({}), {}
+        window = _Window({})
         flags: deque[tuple[int, Any]] = deque()
         saving = False
         for i in range(first, steps):
@@ -149,6 +158,8 @@ def fit(
             done, stop = i + 1, asked_to_stop(i + 1)
             end = stop or done == steps
             save_now = end or done % checkpoint_every == 0
+            # Of this step alone: what an earlier one was found to be is no merit of the state saved here.
+            found: dict[str, float] = {}
 
             flags.append((i, metrics.get("skipped", 0.0)))
             # The flag of a step is read while the next one runs, unless something is wrong or is to be saved.
@@ -157,20 +168,20 @@ def fit(
             if position.in_a_row >= BAD_STEPS:
                 _give_up(folder / f"{name}.failed", state, local, key)
             if done % every == 0 or end:
-                window, means = _flushed(window, work or Work())
-                logs.record(done, means)
-                logs.progress(done, _note(means))
+                window, found = _flushed(window, work or Work())
+                logs.record(done, found)
+                logs.progress(done, _note(found))
             if evaluate is not None and (done == steps or (evaluate_every and done % evaluate_every == 0)):
                 report = evaluate(state)
                 logs.report(done, report)
-                means |= report.scalars
+                found |= report.scalars
                 window = window._replace(since=None)  # not the steps' time
             if saving and not manager.is_saving_in_progress():
                 seal(manager)
                 saving = False
             if save_now:
                 position = position._replace(data=None if batches is None else batches.get_state())
-                save(manager, state, position, {k: float(v) for k, v in means.items()})
+                save(manager, state, position, {k: float(v) for k, v in found.items()})
                 saving = True
             if stop and done < steps:
                 manager.wait_until_finished()
@@ -233,10 +244,11 @@ def _added(window: _Window, metrics: dict[str, Any]) -> _Window:
 
 
 def _flushed(window: _Window, work: Work) -> tuple[_Window, dict[str, float]]:
-    """Return an empty window; the metrics' means over steps with an update, and the speed."""
+    """Return an empty window; the metrics' means over steps with an update, if any, and the speed."""
     sums = {k: float(np.asarray(v)) for k, v in window.sums.items()}
     skipped = sums.pop("skipped", 0.0)
-    means = {k: v / max(window.count - skipped, 1) for k, v in sums.items()} | {"skipped": skipped}
+    updates = window.count - skipped
+    means = ({k: v / updates for k, v in sums.items()} if updates else {}) | {"skipped": skipped}
     now = time.perf_counter()
     if window.timed and window.since is not None:
         means |= work.speed(window.timed / (now - window.since))

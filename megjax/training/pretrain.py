@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from megjax.data.render import render
 from megjax.data.scenes import sample_scenes
 from megjax.data.tokenizer import token_ids, vocabulary, write_tokenizer
 from megjax.diffusion import schedule
+from megjax.errors import MegError
 from megjax.files import replacing
 from megjax.models import (
     CLIPTextConfig,
@@ -30,7 +32,9 @@ from megjax.models import (
     vae_decoder,
     vae_encoder,
 )
+from megjax.pipeline import load_pipeline
 from megjax.pipeline.save import save_pipeline
+from megjax.training.curves import draw_curves
 from megjax.training.denoiser import COARSE, Captioned, Emphasis, denoiser_loss
 from megjax.training.layout import layout_loss
 from megjax.training.loop import fit
@@ -83,6 +87,41 @@ class PretrainConfig:
 
 
 POOL_BATCH = 256
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Train all stages, each from its newest checkpoint in `config.folder`; returns the model's folder.
+
+    Raises:
+        MegError: a pool that is no multiple of 256, no such `start`; see `fit` and `draw_curves`.
+    """
+    if config.pool < 1 or config.pool % POOL_BATCH:
+        raise MegError(f"pool {config.pool}: must be a positive multiple of {POOL_BATCH}")
+    config.folder.mkdir(parents=True, exist_ok=True)
+    key_vae, key_pool, key_denoiser = jax.random.split(jax.random.key(config.seed), 3)
+    start = None
+    if config.start is None:
+        autoencoder = train_autoencoder(config, key_vae)
+    else:
+        finished = load_pipeline(config.start)
+        start = finished.params
+        config = dataclasses.replace(config, vae=finished.vae_decoder.config)
+        autoencoder = {"encoder": start["vae_encoder"], "decoder": start["vae_decoder"]}
+    pool = latent_pool(config, autoencoder["encoder"], key_pool)
+    text = train_text_encoders(config, pool.data, jax.random.fold_in(key_denoiser, 1), start)
+    denoiser = train_denoiser(config, pool.data, key_denoiser, (start or {}) | text)
+    decoder = train_decoder(config, autoencoder, jax.random.fold_in(key_vae, 1))
+    model = save_backbone(config, pool.vae, autoencoder, decoder, denoiser)
+    stages = {
+        "vae": config.vae_steps if config.start is None else 0,
+        "text": config.layout_steps,
+        "coarse": config.coarse_steps,
+        "denoiser": config.steps,
+        "decoder": config.decoder_steps,
+    }
+    if trained := tuple(name for name, steps in stages.items() if steps):
+        draw_curves(config.folder, trained, model / "curves.png")
+    return model
 
 
 def train_autoencoder(config: PretrainConfig, key: Key[Array, ""]) -> Params:
@@ -139,15 +178,16 @@ class Pool(NamedTuple):
 
 
 def latent_pool(config: PretrainConfig, encoder_params: Params, key: Key[Array, ""]) -> Pool:
-    """Encode the scenes that the U-Net learns from, once: the pool is kept as `latents.npz`.
+    """Encode the scenes that the U-Net learns from, once: `latents.npz` keeps them, and what they depend on.
 
     They are normalised by their own statistics, unless the VAE's config already has some.
     """
     path = config.folder / "latents.npz"
+    own = _pool_digest(config, encoder_params, key)
     if path.exists():
-        stored = np.load(path)
-        if len(stored["ids"]) == config.pool:
-            return _normalised(config.vae, stored["latents"], stored["ids"])
+        with np.load(path) as stored:
+            if "digest" in stored and stored["digest"] == own:
+                return _normalised(config.vae, stored["latents"], stored["ids"])
     encoder = vae_encoder(config.vae)
 
     @jax.jit
@@ -160,8 +200,16 @@ def latent_pool(config: PretrainConfig, encoder_params: Params, key: Key[Array, 
     parts = [jax.device_get(encode(encoder_params, key)) for key in keys]
     latents, ids = (np.concatenate(part) for part in zip(*parts, strict=True))
     with replacing(path) as temporary:
-        np.savez(temporary, latents=latents, ids=ids)
+        np.savez(temporary, latents=latents, ids=ids, digest=np.asarray(own))
     return _normalised(config.vae, latents, ids)
+
+
+def _pool_digest(config: PretrainConfig, encoder_params: Params, key: Key[Array, ""]) -> str:
+    length = config.text_encoder.max_position_embeddings
+    found = hashlib.sha256(repr((config.pool, config.two_objects, length, config.vae)).encode())
+    for leaf in jax.tree.leaves((jax.random.key_data(key), encoder_params)):
+        found.update(np.asarray(leaf).tobytes())
+    return found.hexdigest()
 
 
 def _normalised(vae: VAEConfig, latents_NxHxWxC: np.ndarray, ids_NxL: np.ndarray) -> Pool:

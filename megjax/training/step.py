@@ -163,16 +163,24 @@ def adamw(
     Args:
         learning_rate: after the warm-up.
         steps: in all.
-        warmup: steps of the warm-up.
+        warmup: steps of the warm-up; 0 for none.
         clip: the gradients' largest global norm.
         weight_decay: of AdamW.
         decay: let the learning rate fall to zero by a cosine, else keep it.
         moments: what is kept of each parameter.
+
+    Raises:
+        MegError: a warm-up below 0.
     """
+    if warmup < 0:
+        raise MegError(f"warmup {warmup}: must be at least 0")
     if decay:
         schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, max(steps, warmup + 1))
-    else:
+    elif warmup:
         schedule = optax.linear_schedule(0.0, learning_rate, warmup)
+    else:
+        # A linear schedule of no steps stays at its start, 0.
+        schedule = optax.constant_schedule(learning_rate)
     if moments == "factored":
         # Its own decay is not scaled by the learning rate, AdamW's is.
         rule = optax.chain(

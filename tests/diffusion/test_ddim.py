@@ -1,5 +1,7 @@
 """The DDIM solver: against closed forms, against diffusers' rule for the timesteps, and its compilation."""
 
+import json
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -139,8 +141,80 @@ def test_bad_schedules(tmp_path):
     config = tmp_path / "scheduler_config.json"
     with pytest.raises(WeightsError, match="scheduler"):
         read_schedule(config)
-    config.write_text('{"prediction_type": "v_prediction"}')
-    with pytest.raises(WeightsError, match="v_prediction"):
+    with pytest.raises(MegError, match="num_train_timesteps 0"):
+        schedule(num_train_timesteps=0)
+    config.write_text("[]")
+    with pytest.raises(WeightsError, match="no JSON object"):
         read_schedule(config)
-    config.write_text('{"timestep_spacing": "trailing", "steps_offset": 1}')
-    assert read_schedule(config).spacing == "trailing"
+
+
+# stable-diffusion-xl-base-1.0's, on the hub.
+SDXL = {
+    "_class_name": "EulerDiscreteScheduler",
+    "_diffusers_version": "0.19.0.dev0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "interpolation_type": "linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+    "use_karras_sigmas": False,
+}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"},  # sdxl-turbo
+        {"rescale_betas_zero_snr": False, "sigma_max": None, "sigma_min": None, "timestep_type": "discrete"},
+        {"use_karras_sigmas": None, "use_beta_sigmas": False, "final_sigmas_type": "zero"},
+    ],
+)
+def test_schedules_that_load(tmp_path, more):
+    config = tmp_path / "scheduler_config.json"
+    config.write_text(json.dumps(SDXL | more))
+    sched = read_schedule(config)
+    np.testing.assert_array_equal(sched.abar, schedule().abar)
+    assert (sched.spacing, sched.offset) == ((SDXL | more)["timestep_spacing"], 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("beta_end", "0.012"),
+        ("beta_schedule", "linear"),
+        ("beta_start", None),
+        ("beta_start", "gone"),
+        ("clip_sample", True),
+        ("interpolation_type", "log_linear"),
+        ("num_train_timesteps", 0),
+        ("num_train_timesteps", None),
+        ("prediction_type", "v_prediction"),
+        ("rescale_betas_zero_snr", True),
+        ("set_alpha_to_one", True),
+        ("sigma_data", 0.5),
+        ("steps_offset", 0.5),
+        ("steps_offset", -1),
+        ("thresholding", True),
+        ("timestep_type", "continuous"),
+        ("trained_betas", [0.1, 0.2]),
+        ("use_exponential_sigmas", True),
+        ("use_karras_sigmas", True),
+        ("timestep_spacing", "linspace"),
+        ("timestep_spacing", None),
+    ],
+)
+def test_schedules_that_are_not_sdxls(tmp_path, field, value):
+    config = tmp_path / "scheduler_config.json"
+    config.write_text(json.dumps({k: v for k, v in (SDXL | {field: value}).items() if v != "gone"}))
+    said = field.removeprefix("steps_").replace("timestep_spacing", "timestep spacing")
+    with pytest.raises(WeightsError, match=f"scheduler_config.json: .*{said}"):
+        read_schedule(config)

@@ -1,10 +1,13 @@
 """Caches: computed once, gone on with half-way, keyed by what they depend on; broken examples."""
 
 import os
+import pickle
+import resource
 
 import numpy as np
 import pytest
 
+from megjax.distill import cache as caches
 from megjax.distill.cache import Block, cached, digest, fingerprint
 from megjax.errors import MegError
 
@@ -103,6 +106,39 @@ def test_more_than_five_percent_stop_the_run_and_a_restart_does_not_forget(tmp_p
     assert len(cached(tmp_path, KEY, 100, broken, shard=50, max_broken=0.1)) == 93
 
 
+def test_two_processes_judge_what_both_have_seen(tmp_path, monkeypatch):
+    broken = doubles([], lambda i: i % 2 == 0)
+    assert len(cached(tmp_path, KEY, 800, broken, shard=50, max_broken=1.0)) == 400
+    monkeypatch.setattr(caches.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(caches, "_together", lambda _: None)
+    for process in range(2):
+        monkeypatch.setattr(caches.jax, "process_index", lambda process=process: process)
+        with pytest.raises(MegError, match=r"400 of 800 examples are broken, more than 5%: picture 0: bad"):
+            cached(tmp_path, KEY, 800, broken, shard=50)
+
+
+def test_a_cache_of_more_files_than_may_be_open_is_read_and_pickled(tmp_path):
+    cached(tmp_path, KEY, 64, doubles([]), shard=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 20, hard))
+    try:
+        cache = cached(tmp_path, KEY, 64, doubles([]), shard=1)
+        rows = [cache[i] for i in range(64)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [int(row["n"]) for row in rows] == list(range(64))
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(cache))[63]["double"], rows[63]["double"])
+
+
+def test_rows_of_several_axes_come_back_whatever_their_order_in_memory(tmp_path):
+    array = np.asfortranarray(np.arange(48, dtype=np.float16).reshape(4, 3, 2, 2))
+    cache = cached(tmp_path, KEY, 4, lambda start, stop: Block({"z": array[start:stop]}))
+    for i in range(4):
+        np.testing.assert_array_equal(cache[i]["z"], array[i])
+
+
 def test_nothing_whole_is_said(tmp_path):
     with pytest.raises(MegError, match="no example is whole"):
         cached(tmp_path, KEY, 4, lambda start, stop: Block({}, ["a", "b", "c", "d"]), max_broken=1.0)
@@ -111,12 +147,12 @@ def test_nothing_whole_is_said(tmp_path):
 def test_keys_do_not_depend_on_order_and_fingerprints_see_changed_weights(tmp_path):
     assert digest({"a": 1, "b": {"c": 2, "d": 3}}) == digest({"b": {"d": 3, "c": 2}, "a": 1})
     assert digest({"a": 1}) != digest({"a": 2})
+    contents = bytearray(1 << 18)
     found = []
-    for number in range(3):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        contents = bytearray(1 << 18)
-        contents[-1 if number == 1 else 0] = number > 0
-        (folder / "model.safetensors").write_bytes(contents)
-        found.append(fingerprint(folder))
+    for place in (0, len(contents) // 2, -1):
+        (tmp_path / "model.safetensors").write_bytes(contents)
+        found.append(fingerprint(tmp_path))
+        contents[place] ^= 1
     assert len(set(found)) == 3
+    (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
+    assert fingerprint(tmp_path) not in found

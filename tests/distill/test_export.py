@@ -1,5 +1,8 @@
 """Export: the delta turns the teacher into the student, and any fine-tune into a few-step model."""
 
+import shutil
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +28,10 @@ def test_delta_merges_into_any_fine_tune(tmp_path):
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), teacher)
     network = Network(UNetConfig(), None, shapes, lambda: None)
     save_weights(tmp_path / "unet_delta", network, delta(student, teacher))
-    save_weights(tmp_path / "unet_delta", network, delta(student, teacher))  # replaces
+    again = str(tmp_path / "unet_delta")
+    save_weights(again, network, delta(student, teacher), extra={"note.json": b"{}"})  # replaces
     assert [path.name for path in tmp_path.iterdir()] == ["unet_delta"]
+    assert (tmp_path / "unet_delta" / "note.json").read_bytes() == b"{}"
     stored = weights.load(tmp_path / "unet_delta", shapes, dtype=jnp.float32)
     kernel = np.asarray(add_delta(teacher, stored)["conv_in"]["kernel"])
     np.testing.assert_allclose(kernel, student["conv_in"]["kernel"], atol=2e-5)
@@ -46,6 +51,28 @@ def test_students_are_averaged_in_float32():
     assert mean.dtype == jnp.float32
     want = (teacher["conv_in"]["kernel"] + 2 * student["conv_in"]["kernel"]) / 3
     np.testing.assert_allclose(mean, want, atol=1e-3)
+
+
+def test_an_exported_folder_is_never_half_there(tmp_path, monkeypatch):
+    """What is removed piece by piece has another name by then."""
+    teacher = trees()[0]
+    network = Network(UNetConfig(), None, teacher, lambda: None)
+    removed = []
+    remove = shutil.rmtree
+
+    def watched(path, **kwargs):
+        if Path(path).exists():
+            removed.append(Path(path))
+            assert sorted(p.name for p in (tmp_path / "model").iterdir()) == whole
+        remove(path, **kwargs)
+
+    save_weights(tmp_path / "model", network, teacher)
+    whole = sorted(p.name for p in (tmp_path / "model").iterdir())
+    shutil.copytree(tmp_path / "model", tmp_path / "source")
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    save_weights(tmp_path / "model", network, teacher)
+    copy_backbone(tmp_path / "source", tmp_path / "model", {})
+    assert [path.parent for path in removed if path.name.endswith("model-old")] == [tmp_path] * 2
 
 
 def test_a_backbone_is_copied_with_its_new_parts(tmp_path):

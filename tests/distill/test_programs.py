@@ -1,6 +1,7 @@
 """The trainers' programs, traced but not compiled: dtypes, factors, parts; and every preset."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import pytest
 
 from configs import distill_decoder, distill_diffuser
 from megjax import flops
-from megjax.distill.decoder_run import DecoderConfig, decoder_distillation, narrowed
+from megjax.distill.decoder_run import DecoderConfig, decoder_distillation, narrowed, train_decoder
 from megjax.distill.diffuser import DiffuserConfig, distillation
 from megjax.distill.encoding import STEPS
 from megjax.errors import MegError
@@ -65,6 +66,43 @@ def test_a_whole_way_needs_chained_windows(pipeline):
         distillation(dataclasses.replace(config, rollout_width=0.0), pipeline)
     with pytest.raises(MegError, match="add --solve-once"):
         distillation(dataclasses.replace(config, solve_once=False), pipeline)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch": 0}, "batch 0: at least 1 is allowed"),
+        ({"held_out": 0}, "held_out 0: at least 1"),
+        ({"solver_steps": 0}, "solver_steps 0: 1 to 250 is allowed"),
+        ({"solver_steps": 251}, "solver_steps 251: 1 to 250 is allowed"),
+        ({"text_drop": 3.0}, "text_drop 3.0: 0 to 1 is allowed"),
+        ({"ema_decay": 2.0}, "ema_decay 2.0: 0 to 1"),
+        ({"learning_rate": -1.0}, "learning_rate -1.0: at least 0"),
+        ({"learning_rate": float("nan")}, "learning_rate nan: at least 0"),
+        ({"huber": 0.0}, "huber 0.0: above 0"),
+        ({"dtype": "float15"}, "dtype float15: choose from float32, bfloat16, float16"),
+    ],
+)
+def test_settings_that_cannot_be_trained_with(pipeline, fields, message):
+    with pytest.raises(MegError, match=re.escape(message)):
+        distillation(DiffuserConfig(**fields), pipeline)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sample_batch": 0}, "sample_batch 0: at least 1 is allowed"),
+        ({"ratios": (-2.0, -1.0)}, "ratios (-2.0, -1.0): 0 to 1 is allowed"),
+        ({"ratios": (0.5, 0.1)}, "ratios 0.5 0.1: give the lower end first"),
+        ({"test_ratios": (1.5,)}, "test_ratios (1.5,): 0 to 1 is allowed"),
+        ({"psnr_db": (float("nan"), 20.0)}, "psnr_db (nan, 20.0): -100 to 300 is allowed"),
+        ({"clip": 0.0}, "clip 0.0: above 0 is allowed"),
+        ({"accumulate": 0}, "accumulate 0: at least 1"),
+    ],
+)
+def test_settings_that_no_decoder_can_be_trained_with(fields, message):
+    with pytest.raises(MegError, match=re.escape(message)):
+        train_decoder(DecoderConfig(**fields))
 
 
 @pytest.mark.parametrize("method", ["meg", "split_finetune", "pruning", "magnitude_pruning"])

@@ -32,7 +32,12 @@ def presets(module, folder, backbone, **fields):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"lora_rank": 2, "accumulate": 2}, {"offload_ema": True, "moments": "factored"}]
+    "fields",
+    [
+        {},
+        {"lora_rank": 2, "accumulate": 2},
+        {"offload_ema": True, "moments": "factored", "kind": "velocity", "windows": 2},
+    ],
 )
 def test_a_student_is_distilled_resumed_and_used(tmp_path, backbone, fields):
     first, resumed = presets(distill_diffuser, tmp_path / "run", backbone, **fields)
@@ -50,6 +55,7 @@ def test_a_student_is_distilled_resumed_and_used(tmp_path, backbone, fields):
         assert np.isfinite([line["consistency"], line["learned_consistency"]]).all()
         assert line["consistency"] != line["learned_consistency"]
     pipeline = pipelines[0]
+    assert pipeline.flow == (first.kind, first.windows)
     change = load(tmp_path / "run" / "unet_delta", pipeline.unet.shapes)
     again = add_delta(pipeline.params["unet"], change)
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(pipeline.params["student"]), strict=True):

@@ -33,15 +33,19 @@ def finish(*processes):
         assert process.returncode == 0, f"{out[-500:]}\n{cause[:4000]}"
 
 
-def losses(folder):
-    records = [json.loads(line) for line in (folder / "run.jsonl").read_text().splitlines()]
+def losses(folder, name="run"):
+    records = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
     return [record["loss"] for record in records if "loss" in record]
 
 
-def on_two_processes(folder, layout="fsdp", **kwargs):
+def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def on_two_processes(folder, layout="fsdp", **kwargs):
+    port = free_port()
     finish(*(launch(layout, folder, 4, processes=2, process=i, port=port, **kwargs) for i in range(2)))
     return losses(folder)
 

@@ -1,35 +1,38 @@
 """The evaluation suite's parts: settings, cache, numbers, what each method sends, tables, figures, page."""
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs.suite import PRESETS
-from eval.suite import cache, methods, physical
+from eval.suite import cache, methods, physical, table1
 from eval.suite.__main__ import main
 from eval.suite.config import ITEMS, SuiteConfig, check, items
 from eval.suite.context import Context, Stage, get
 from eval.suite.curves import SHARES
 from eval.suite.numbers import Interval, axis, interval, line, mean, number, psnr, ratio, without_times
-from eval.suite.paper import TABLE_II
+from eval.suite.paper import SDXL_FLOPS, TABLE_II
 from eval.suite.physical import SDXL_LATENT, TABLE2_RATE_BPS
+from eval.suite.policies import PAPER_PPO
 from eval.suite.present.figures import draw
 from eval.suite.present.report import report
 from eval.suite.present.tables import csv_text, html_table, markdown, significant
 from megjax.errors import MegError
 from megjax.link.payload import rgb_bits
 from megjax.link.profiles import compute, load
+from megjax.pipeline import load_pipeline
+from megjax.rl.ppo import pid_multiplier
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("rules", ["default", "paper"])
 @pytest.mark.parametrize("physical", ["sdxl", "tiny"])
 def test_every_preset_is_allowed_under_all_rules(preset, rules, physical):
-    import dataclasses
-
     check(dataclasses.replace(PRESETS[preset][1], rules=rules, physical=physical))
 
 
@@ -41,13 +44,19 @@ def test_every_preset_is_allowed_under_all_rules(preset, rules, physical):
         (["--out", "/dev/null/suite"], "--out /dev/null/suite cannot be written: "),
         (["--pictures", "7"], "pictures 7, batch 32: at least 2 pictures, a multiple of the batch"),
         (["--ratios", "0.5", "0.1"], "ratios (0.5, 0.1): at least two, increasing"),
+        (["--ratios", "0", "nan"], "ratios (0.0, nan): at least two, increasing"),
+        (["--guidance", "nan"], "guidance nan: finite numbers from 0 on are allowed"),
+        (["--profile", "nope"], "unknown hardware profile 'nope'"),
+        (["--prompts", "nope.txt", "--only", "fig4"], "nope.txt cannot be read"),
         (["--model", "no/such/folder"], "no/such/folder"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert main(arguments) == 2
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert said[-1].startswith("error: ")
     assert message in said[-1]
@@ -133,13 +142,43 @@ def test_table_2_is_the_papers_within_one_percent():
         assert found.es_fixed_s + row.steps * found.es_step_s == pytest.approx(row.computation_s, rel=0.01)
 
 
-def test_every_method_meets_every_length_it_is_compared_at():
+@pytest.mark.parametrize(("rules", "beyond_meg"), [("default", []), ("paper", [0.15])])
+def test_every_method_meets_every_length_it_is_compared_at(rules, beyond_meg):
     whole = 16 * 128 * 128 * 4
     for name in ("pruning", "pruning_magnitude", "meg"):
         for share in SHARES:
-            level = methods.level_at(name, SDXL_LATENT, int(share * whole))
-            sent = methods.bits(name, SDXL_LATENT, level) / whole
+            level = methods.level_at(name, SDXL_LATENT, int(share * whole), rules)
+            if name == "meg" and share in beyond_meg:
+                assert level is None
+                continue
+            sent = methods.bits(name, SDXL_LATENT, level, rules) / whole
             assert share - 0.002 <= sent <= share, (name, share)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_pipeline("tiny")
+
+
+def test_without_a_gate_only_magnitudes_are_pruned_and_their_map_is_charged(tiny, tmp_path):
+    context = Context(SuiteConfig())
+    assert context.prunings == methods.PRUNINGS
+    context.__dict__.pop("prunings")
+    context.__dict__["root"] = tmp_path
+    assert context.prunings == ("pruning_magnitude",)
+    ungated = dataclasses.replace(tiny, params={k: v for k, v in tiny.params.items() if k != "gate"})
+    with pytest.raises(MegError, match="no learned gate to prune by; take pruning_magnitude"):
+        methods.method(ungated, "pruning")
+    assert (
+        methods.method(ungated, "pruning_magnitude").decoder is tiny.params["decoders"]["magnitude_pruning"]
+    )
+    shape = (16, 16, 4)
+    assert methods.bits("pruning_magnitude", shape, 0.1) == methods.bits("pruning", shape, 0.1) + 1024
+
+
+def test_what_merges_is_one_executable(tiny):
+    ways = {methods.method(tiny, name).send for name in ("split", "split_finetune", "meg", "meg_plain")}
+    assert len(ways) == 1
 
 
 def test_a_centralised_server_decodes_and_a_split_one_does_not():
@@ -295,3 +334,33 @@ def test_unreadable_prompts_are_named(tmp_path):
         "one",
         "two",
     ]
+
+
+def test_settings_of_a_kind_that_cannot_be_are_refused_before_anything_runs():
+    with pytest.raises(MegError, match="dtype 'float33': choose from float32, bfloat16, float16"):
+        check(SuiteConfig(dtype="float33"))
+    with pytest.raises(MegError, match="at least one of noise"):
+        check(SuiteConfig(noise_psnrs_db=()))
+
+
+def test_bits_a_scalar_are_those_charged(monkeypatch):
+    counted = dict.fromkeys(SDXL_FLOPS, 1e12) | {"picture": [1024, 1024], "latent": [128, 128, 4]}
+    monkeypatch.setattr(table1, "get", lambda context, stage: counted)
+
+    def used():
+        rows = table1.table1(Context(SuiteConfig()))["tables"][0]["rows"]
+        return next(row["cells"]["used"]["value"] for row in rows if row["label"] == "bits per scalar")
+
+    assert used() == 16
+    whole = methods.bits("split", SDXL_LATENT, 0.0)
+    monkeypatch.setattr(methods, "bits", lambda *args: whole // 2)
+    assert used() == 8
+
+
+def test_the_authors_gains_act_on_an_episodes_excess():
+    latency_s, limit_s = 3.3, 3.0
+    excess = 64 * (latency_s - limit_s)
+    zero, violation = jnp.zeros(()), jnp.asarray(latency_s / limit_s - 1)
+    lam, integral = pid_multiplier(PAPER_PPO.pid, violation, zero, zero)
+    assert float(lam) == pytest.approx((0.05 + 0.0005 + 0.1) * excess, rel=1e-5)
+    assert float(integral) == pytest.approx(0.0005 * excess, rel=1e-5)

@@ -94,9 +94,15 @@ def test_rician_limits():
 
 
 def test_doppler_correlation_is_bessels():
-    phase = np.linspace(0, 60, 500)
-    ours = channel.doppler_correlation(jnp.float32(phase / (2 * np.pi)), 1.0)
-    np.testing.assert_allclose(ours, scipy.special.j0(phase), atol=1e-5)
+    doppler_hz = np.float32(np.concatenate([np.linspace(-20, 20, 2001), np.linspace(20, 320, 3001)]))
+    # The phase of the rounded Doppler: float32 has no finer than 1e-4 rad at 2000 rad.
+    phase = 2 * np.pi * doppler_hz.astype(float)
+    ours = channel.doppler_correlation(jnp.asarray(doppler_hz), 1.0)
+    np.testing.assert_allclose(ours, scipy.special.j0(phase), atol=5e-6)
+    few_hz = jnp.float32([0.0, 1.0, 12.0, 13.0, 100.0])
+    slope = jax.vmap(jax.grad(lambda f: channel.doppler_correlation(f, 1.0)))(few_hz)
+    exact = -2 * np.pi * scipy.special.j1(2 * np.pi * np.asarray(few_hz, float))
+    np.testing.assert_allclose(slope, exact, atol=5e-5)
 
 
 @pytest.mark.parametrize("doppler_hz", [0.0, 5.0, 60.0])

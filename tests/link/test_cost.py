@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megjax.link import profiles
-from megjax.link.channel import LinkParams, rate_bps, snr
 from megjax.link.cost import Compute, Workload, frame_cost
 
 COMPUTE = Compute(
@@ -72,9 +71,3 @@ def test_guidance_charges_two_calls():
     paper = profiles.load("paper")
     one = profiles.compute(paper, Workload(calls_per_step=1))
     np.testing.assert_allclose(profiles.compute(paper).es_step_s, 2 * one.es_step_s)
-
-
-def test_mean_rate_over_the_papers_distances():
-    distances = jnp.linspace(200.0, 300.0, 20001)
-    mean = jnp.mean(rate_bps(snr(distances), LinkParams()))
-    np.testing.assert_allclose(mean, 0.82626e6, rtol=1e-4)

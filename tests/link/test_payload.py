@@ -2,6 +2,7 @@
 
 import chex
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -41,6 +42,12 @@ def test_traced_ratios_cost_the_same(rules):
     bits = jax.jit(chex.assert_max_traces(n=1)(lambda r: payload_bits(r, 4096, 16, rules=rules)))
     for ratio in np.linspace(0, 0.9375, 60):
         assert int(bits(np.float32(ratio))) == payload_bits(float(ratio), 4096, 16, rules=rules)
+
+
+def test_unknown_rules_are_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(MegError, match="'Paper': choose from default, paper, free"):
+        payload_bits(0.4, 4096, 16, rules="Paper")
 
 
 def test_grids():

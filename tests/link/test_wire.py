@@ -197,5 +197,9 @@ def test_senders_mistakes_are_named():
         wire.encode(features, [(np.ones_like(merged), best)], **good)
     with pytest.raises(MegError, match="does not fit float16"):
         wire.encode(features + np.float32(7e4), index_map, **good)
+    # Their square is beyond float32: a message of such features would say a power of infinity.
+    for dtype in ("bfloat16", "int8"):
+        with pytest.raises(MegError, match=r"mean square .*e\+38"):
+            wire.encode(np.full_like(features, 3e19), index_map, **good, dtype=dtype)
     silent = wire.decode(wire.encode(0 * features, index_map, **good, dtype="int8"))
     assert not silent.features_MxD.any()

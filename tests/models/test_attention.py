@@ -111,3 +111,15 @@ def test_largest_divisor(n, limit):
 def test_unknown_implementation():
     with pytest.raises(MegError, match="xla, cudnn"):
         attend(*qkv(), implementation="flash")
+
+
+def test_cudnn_that_is_not_there(monkeypatch):
+    # Whether by a call, by tracing, or ahead of time for a GPU.
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.cuda_versions", None)
+    x = qkv(S=12, dtype=jnp.bfloat16)
+    run = jax.jit(lambda q, k, v: attend(q, k, v, implementation="cudnn"))
+    for call in (run, lambda *x: run.trace(*x).lower(lowering_platforms=("cuda",))):
+        with pytest.raises(MegError, match="needs an NVIDIA GPU; choose 'xla'"):
+            call(*x)
+    with pytest.raises(MegError, match="'cudnn' in float32: choose dtype bfloat16"):
+        attend(*qkv(), implementation="cudnn")

@@ -1,6 +1,7 @@
 """What holds of the networks as programs: sizes, precision, rematerialisation, merging, configs."""
 
 import dataclasses
+import inspect
 import math
 
 import chex
@@ -140,11 +141,116 @@ class TestConfigs:
             from_dict(UNetConfig, to_dict(VAEConfig()))
 
     @pytest.mark.parametrize(
-        ("field", "value"), [("act_fn", "gelu"), ("class_embed_type", "timestep"), ("encoder_hid_dim", 4)]
+        ("field", "value"),
+        [
+            ("act_fn", "gelu"),
+            ("attention_type", "gated"),
+            ("class_embed_type", "timestep"),
+            ("class_embeddings_concat", True),
+            ("cross_attention_norm", "layer_norm"),
+            ("encoder_hid_dim", 4),
+            ("mid_block_only_cross_attention", True),
+            ("mid_block_type", None),
+            ("mid_block_type", "UNetMidBlock2D"),  # SSD-1B's
+            ("resnet_out_scale_factor", 2),
+            ("resnet_skip_time_act", True),
+            ("reverse_transformer_layers_per_block", [[4, 4, 10], [2, 1, 1], 1]),
+            ("time_embedding_act_fn", "silu"),
+            ("time_embedding_dim", 64),
+            ("timestep_post_act", "silu"),
+            ("addition_embed_type", None),
+        ],
     )
     def test_what_is_not_implemented_is_refused(self, field, value):
-        with pytest.raises(WeightsError, match=field):
+        with pytest.raises(WeightsError, match=f"{field} = .* is not supported; only"):
             from_dict(UNetConfig, to_dict(UNetConfig()) | {field: value})
+
+    @pytest.mark.parametrize(
+        ("config", "field", "value"),
+        [
+            (UNetConfig(), "norm_num_groups", 0),
+            (UNetConfig(), "attention_head_dim", 0),
+            (UNetConfig(), "attention_head_dim", [5, 10, 0]),
+            (UNetConfig(), "block_out_channels", [320, -640, 1280]),
+            (UNetConfig(), "block_out_channels", []),
+            (UNetConfig(), "layers_per_block", [2, 2, 2]),
+            (UNetConfig(), "layers_per_block", True),
+            (UNetConfig(), "transformer_layers_per_block", [1, [2, 2], [4, 4]]),
+            (UNetConfig(), "transformer_layers_per_block", [0, 0, 10]),
+            (UNetConfig(), "cross_attention_dim", [2048, 2048, 2048]),
+            (UNetConfig(), "norm_eps", None),
+            (UNetConfig(), "norm_eps", math.inf),
+            (UNetConfig(), "sample_size", None),
+            (UNetConfig(), "freq_shift", 160),
+            (UNetConfig(), "addition_time_embed_dim", 255),
+            (UNetConfig(), "projection_class_embeddings_input_dim", 1536),
+            (UNetConfig(), "use_linear_projection", "yes"),
+            (VAEConfig(), "norm_num_groups", 0),
+            (VAEConfig(), "scaling_factor", 0),
+            (VAEConfig(), "latents_std", [1.0, 1.0, 0.0, 1.0]),
+            (VAEConfig(), "latents_mean", [0.0, 0.0, 0.0, 0.0]),
+            (VAEConfig(), "down_block_types", ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"]),
+            (VAEConfig(), "up_block_types", ["UpDecoderBlock2D"] * 3),
+            (CLIPTextConfig(), "num_attention_heads", 0),
+            (CLIPTextConfig(), "eos_token_id", [2, 3]),
+            (CLIPTextConfig(), "layer_norm_eps", None),
+        ],
+    )
+    def test_values_that_a_field_cannot_have(self, config, field, value):
+        with pytest.raises(WeightsError, match=field.replace("[", r"\[")):
+            from_dict(type(config), to_dict(config) | {field: value})
+
+    @pytest.mark.parametrize(
+        ("config", "field"),
+        [(c, f) for c in (UNetConfig(), VAEConfig(), CLIPTextConfig()) for f in c.GIVEN],
+    )
+    def test_fields_without_a_default(self, config, field):
+        raw = {name: value for name, value in to_dict(config).items() if name != field}
+        with pytest.raises(WeightsError, match=f"lacks {field}"):
+            from_dict(type(config), raw)
+
+    @pytest.mark.parametrize(
+        ("config", "more"),
+        [
+            # What the hub's files of SDXL hold that changes nothing here.
+            (
+                UNetConfig(),
+                {
+                    "addition_embed_type_num_heads": 64,
+                    "dropout": 0.0,
+                    "encoder_hid_dim": None,
+                    "mid_block_only_cross_attention": None,
+                    "num_attention_heads": None,
+                    "reverse_transformer_layers_per_block": None,
+                    "time_embedding_dim": None,
+                    "upcast_attention": None,
+                },
+            ),
+            (UNetConfig(), {"mid_block_only_cross_attention": False, "upcast_attention": True}),
+            (VAEConfig(), {"force_upcast": False, "latents_mean": None, "latents_std": None}),
+            (CLIPTextConfig(), {"attention_dropout": 0.0, "bos_token_id": 0, "dropout": 0.0}),
+        ],
+    )
+    def test_values_that_change_nothing(self, config, more):
+        assert from_dict(type(config), to_dict(config) | more) == config
+
+    def test_no_depth_where_there_is_no_attention(self):
+        config, _ = cases.UNETS["tiny_like"]
+        other = from_dict(UNetConfig, to_dict(config) | {"transformer_layers_per_block": [0, 2]})
+        assert unet(other).shapes == unet(config).shapes
+
+    @pytest.mark.parity
+    @pytest.mark.parametrize(
+        ("config", "ignored"),
+        [
+            (UNetConfig, {"addition_embed_type_num_heads", "dropout", "upcast_attention"}),
+            (VAEConfig, {"down_block_types", "up_block_types", "force_upcast"}),
+        ],
+    )
+    def test_no_argument_of_diffusers_goes_unseen(self, config, ignored):
+        theirs = getattr(pytest.importorskip("diffusers"), config.CLASS_NAMES[0])
+        seen = {field.name for field in dataclasses.fields(config)} | config.ONLY.keys() | ignored
+        assert inspect.signature(theirs.__init__).parameters.keys() - {"self"} == seen
 
     def test_one_number_for_all_blocks(self):
         raw = to_dict(UNetConfig()) | {"attention_head_dim": 5, "transformer_layers_per_block": 2}
@@ -160,9 +266,10 @@ class TestConfigs:
         path = tmp_path / "config.json"
         with pytest.raises(WeightsError, match="no such file"):
             read(VAEConfig, path)
-        path.write_text("{")
-        with pytest.raises(WeightsError, match="JSON"):
-            read(VAEConfig, path)
+        for text in ("{", "[]"):
+            path.write_text(text)
+            with pytest.raises(WeightsError, match="JSON"):
+                read(VAEConfig, path)
 
 
 def test_text_encoder_pools_at_the_first_end_token():

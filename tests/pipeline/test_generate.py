@@ -1,7 +1,9 @@
 """A prompt through the split, on an untrained backbone: what all pictures have in common, and bad input."""
 
 import dataclasses
+import json
 import math
+import shutil
 
 import chex
 import jax
@@ -9,10 +11,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from megjax.data.render import render
+from megjax.data.scenes import sample_scenes
+from megjax.diffusion import Flow, conditioned, perflow
+from megjax.diffusion.perflow import flow_file
 from megjax.errors import MegError, WeightsError
 from megjax.link.payload import payload_bits
+from megjax.models import VAEConfig
 from megjax.pipeline import Request, generate, generate_each, load_pipeline
-from megjax.pipeline.split import condition, denoise, send
+from megjax.pipeline.split import (
+    condition,
+    decode,
+    denoise,
+    encode,
+    noise_unit,
+    send,
+    steps_run,
+    unet_params,
+)
 from megjax.pipeline.workload import workload
 from megjax.text import tokenize
 from tests.small import save_random
@@ -73,6 +89,26 @@ def test_payload_is_what_is_sent(pipeline, rules):
         assert out.payload_bits == payload_bits(ratio, 64, 16, rules=rules)
 
 
+@pytest.mark.parametrize(("rules", "snr_db"), [("default", 20.0), ("paper", 37.7)])
+def test_noise_of_20_db_is_what_the_rules_say(rules, snr_db):
+    """Under the authors' rules 0.1 on un-normalised latents: near 38 dB of SDXL's, which have 7.7."""
+    vae = VAEConfig()
+    z = jax.random.normal(jax.random.key(0), (1, 64, 64, 4))
+    received = send(jax.random.key(1), z, 0.0, 20.0, rules=rules, unit=noise_unit(rules, vae))
+    error = np.asarray(received.z_BxHxWxC - z)
+    assert -10 * np.log10(np.var(error)) == pytest.approx(snr_db, abs=0.2)
+    with pytest.raises(MegError, match="noise_unit"):
+        send(jax.random.key(1), z, 0.0, 20.0, rules=rules, unit=None if rules == "paper" else (1.0,) * 4)
+
+
+def test_noise_is_in_units_of_each_channel():
+    vae = VAEConfig(scaling_factor=1.0, latents_mean=(0.0,) * 4, latents_std=(1.0, 2.0, 4.0, 8.0))
+    z = jax.random.normal(jax.random.key(0), (1, 64, 64, 4))
+    received = send(jax.random.key(1), z, 0.0, 20.0, rules="paper", unit=noise_unit("paper", vae))
+    std_C = np.std(np.asarray(received.z_BxHxWxC - z), axis=(0, 1, 2))
+    np.testing.assert_allclose(std_C * vae.latents_std, 0.1, rtol=0.05)
+
+
 def test_one_executable_for_all_steps_ratios_and_noise_levels(pipeline):
     ids = tokenize(pipeline.tokenizers, [PROMPT])
     prompt = condition(pipeline, pipeline.params, jnp.asarray(ids), size=(64, 64))
@@ -87,13 +123,25 @@ def test_one_executable_for_all_steps_ratios_and_noise_levels(pipeline):
         send_once(jax.random.key(0), z, ratio, 10.0 * ratio)
 
 
-def test_image_to_image_keeps_more_at_low_strength(pipeline):
-    start = np.full((64, 64, 3), 0.5, np.float32)
-    outs = [
-        generate(pipeline, Request(PROMPT, strength=s, ratio=0.0, psnr_db=math.inf), start).image_HxWx3
-        for s in (0.1, 1.0)
+def test_image_to_image_keeps_more_at_low_strength():
+    """Of a trained backbone: an untrained one keeps nothing."""
+    pipeline = load_pipeline("tiny")
+    scene = np.asarray(render(sample_scenes(jax.random.key(3), 1), 64)[0])
+    kept = encode(pipeline, pipeline.params["vae_encoder"], jnp.asarray(scene)[None])
+    shown = decode(pipeline, pipeline.params["vae_decoder"], kept)[0]
+    distances = [
+        float(jnp.mean(jnp.square(out.reference_HxWx3 - shown)))
+        for s in (0.1, 0.5, 1.0)
+        for out in [generate(pipeline, Request(PROMPT, strength=s, ratio=0.0, psnr_db=math.inf), scene)]
     ]
-    assert not np.allclose(*outs)
+    assert distances == sorted(distances)
+    assert distances[0] < 0.3 * distances[-1]
+
+
+def test_steps_from_a_picture():
+    shares = [(12, 1.0, 12), (12, 0.5, 6), (10, 0.3, 3), (12, 0.01, 1), (7, 0.5, 3)]
+    for steps, strength, run in shares:
+        assert int(steps_run(steps, strength)) == run
 
 
 def test_workload_counts_this_backbone(pipeline):
@@ -132,10 +180,50 @@ def test_picture_of_another_size_is_refused(pipeline):
         generate(pipeline, Request(PROMPT), np.zeros((32, 64, 3), np.float32))
 
 
-def test_folders_that_do_not_fit_together(folder, tmp_path):
-    import json
-    import shutil
+@pytest.mark.parametrize("value", [np.float32(np.nan), np.float32(1.5)])
+def test_what_is_no_picture_is_refused(pipeline, value):
+    with pytest.raises(MegError, match="give numbers from 0 to 1"):
+        generate(pipeline, Request(PROMPT), np.full((64, 64, 3), value))
 
+
+def test_a_part_of_a_step_is_refused(pipeline):
+    request = Request(PROMPT)
+    object.__setattr__(request, "steps", 4.7)  # past the types that tests check
+    with pytest.raises(MegError, match="whole number"):
+        generate(pipeline, request)
+
+
+def test_no_request_at_all_is_refused(pipeline):
+    with pytest.raises(MegError, match="at least one"):
+        next(generate_each(pipeline, []))
+
+
+def test_a_student_is_sampled_as_it_was_distilled(folder, tmp_path):
+    """Its flow is told by a file beside its weights; one without it follows the paper's."""
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    shutil.copytree(model / "unet", model / "unet_student")
+    assert load_pipeline(model).flow == Flow("ddim_eps", 4)
+    for flow in (Flow("velocity", 2), Flow("ddim_eps", 4)):
+        (model / "unet_student" / "flow.json").write_bytes(flow_file(flow)["flow.json"])
+        distilled = load_pipeline(model)
+        ids = jnp.asarray(tokenize(distilled.tokenizers, [PROMPT]))
+        prompt = condition(distilled, distilled.params, ids, size=(64, 64))
+        noise = jax.random.normal(jax.random.key(0), (1, 16, 16, 4))
+        params, sampler = unet_params(distilled)
+        z = denoise(distilled, params, noise, prompt, None, 6, 1.0, noise, 1.0, sampler=sampler)
+        student = conditioned(distilled.unet, params, prompt)
+        expected = perflow(student, noise, distilled.schedule, 6, kind=flow.kind, windows=flow.windows)
+        np.testing.assert_allclose(z, expected, atol=1e-4)
+        with pytest.raises(MegError, match=f"from {flow.windows} to"):
+            generate(distilled, Request(PROMPT, steps=flow.windows - 1))
+    for wrong in ('{"kind": "x0"}', '{"windows": 0}', "[]", '{"speed": 1}'):
+        (model / "unet_student" / "flow.json").write_text(wrong)
+        with pytest.raises(WeightsError, match="flow"):
+            load_pipeline(model)
+
+
+def test_folders_that_do_not_fit_together(folder, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     path = broken / "unet" / "config.json"

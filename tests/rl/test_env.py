@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from megjax.link import channel
 from megjax.link.channel import LinkParams
 from megjax.rl.env import REFERENCE, EnvParams, action_of, denoising_steps, make_env
 from megjax.rl.evaluate import rollout
+from megjax.rl.optimum import tables
 
 ENV = make_env()
 
@@ -98,6 +100,22 @@ def test_channel_follows_the_link(fading):
         np.testing.assert_allclose(got.real, rho, atol=0.05)
 
 
+def test_shadowing_is_drawn_wherever_the_link_has_it():
+    """In the first frame, the next and the tables of the optimum, against numpy's draws."""
+    params = EnvParams(link=LinkParams(shadowing_std_db=8.0))
+    rng = np.random.default_rng(0)
+    distance_m, shadowing_db = rng.uniform(200, 300, 20_000), rng.normal(0, 8, 20_000)
+    expected_db = 124 - 35.3 - 37.6 * np.log10(distance_m) - shadowing_db
+    keys = jax.random.split(jax.random.key(0), 4000)
+    _, state = jax.jit(jax.vmap(ENV.reset, (0, None)))(keys, params)
+    following = jax.vmap(lambda k, s: ENV.step(k, s, jnp.full(2, 0.5), params)[1])(keys, state)
+    for snr in (state.snr, following.snr):
+        assert scipy.stats.ks_2samp(10 * np.log10(np.asarray(snr)), expected_db).pvalue > 1e-3
+    middles = (np.arange(20) + 0.5) / 20
+    bins_db = 10 * np.log10(tables(params, bins=20, ratios=2).snr_S)
+    np.testing.assert_allclose(bins_db, np.quantile(expected_db, middles), atol=0.4)
+
+
 def test_rollouts_are_the_policys_frames():
     def act(key, observation):
         return jnp.stack([0.1 * observation[:, 0] % 1.0, jax.random.uniform(key, (5,))], axis=1)
@@ -127,6 +145,8 @@ def test_gymnasium_accepts_it():
         *_, truncated, info = env.step(np.array([0.2, 0.3], np.float32))
         assert truncated == (frame == 63)
         assert isinstance(info["cost"], float)
+    shadowed, _ = MegVectorEnv(500, params=EnvParams(link=LinkParams(shadowing_std_db=8.0))).reset(seed=3)
+    assert np.std(shadowed[:, 0]) > 7.0  # 2 dB without it
     vector = MegVectorEnv(3)
     observation, _ = vector.reset(seed=3)
     assert vector.observation_space.contains(observation)

@@ -9,13 +9,14 @@ import numpy as np
 import optax
 import pytest
 
+from megjax.errors import MegError
 from megjax.rl import networks
-from megjax.rl.algorithm import Transition
-from megjax.rl.cvpo import CvpoConfig, make_train
+from megjax.rl.algorithm import Transition, whole_run
+from megjax.rl.cvpo import CvpoConfig, make_cvpo
 from megjax.rl.env import Env
 from megjax.rl.mstep import TrustRegion, m_step
 from megjax.rl.networks import Gaussian
-from megjax.rl.ppo import Pid, gae, pid_multiplier
+from megjax.rl.ppo import Pid, PpoConfig, gae, make_ppo, pid_multiplier
 from megjax.rl.replay import make_replay
 from megjax.rl.targets import bootstrap, n_step
 
@@ -83,6 +84,47 @@ def countdown() -> Env:
     return Env(reset, step, 1, 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"discount": 1.0}, "discount 1.0.* below 1"),
+        ({"discount": float("nan")}, "discount nan"),
+        ({"std_end": (0.01, 0.0)}, "std_end 0.0.*above 0"),
+        ({"mean_memory": 0.0}, "mean_memory 0.0.*at least 1"),
+        ({"hidden": ()}, "at least one layer"),
+        ({"hidden": (8, 0)}, "hidden 0"),
+        ({"epochs": 0}, "epochs 0"),
+        ({"envs": 4, "greedy_envs": 4}, "greedy_envs 4: from 0 to below envs"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_both_learners(fields, message):
+    for make, config in ((make_cvpo, CvpoConfig), (make_ppo, PpoConfig)):
+        with pytest.raises(MegError, match=message):
+            make(config(**fields), countdown())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (CvpoConfig(updates_per_epoch=0), "updates_per_epoch 0.*at least 1"),
+        (CvpoConfig(particles=1), "particles 1.*at least 2"),
+        (CvpoConfig(kl_bound=0.0), "kl_bound 0.0.*above 0"),
+        (CvpoConfig(critic_lr=float("inf")), "critic_lr inf.*finite"),
+        (CvpoConfig(trust_region=TrustRegion(iterations=0)), "iterations 0.*at least 1"),
+        (CvpoConfig(policy_batch=8, critic_batch=4), "policy_batch 8: at most critic_batch, 4"),
+        # Stretches of two frames of which the first epoch would have written one.
+        (CvpoConfig(collect_steps=1, n_step=2), "collect_steps 1: from n_step, 2"),
+        (CvpoConfig(replay_frames=16), "collect_steps 4: .*to the 0 frames"),
+        (PpoConfig(pid=Pid(integral=-1.0)), "integral -1.0"),
+        (PpoConfig(minibatches=7), "minibatches 7: they must divide the 4096"),
+        (PpoConfig(passes=0), "passes 0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(config, message):
+    with pytest.raises(MegError, match=message):
+        (make_cvpo if isinstance(config, CvpoConfig) else make_ppo)(config, countdown())
+
+
 def test_truncation_bootstraps_and_termination_does_not():
     """Worth 1 / (1 - gamma) = 5 if only cut off, 1 + gamma + gamma^2 + gamma^3 = 2.952 if it really ends."""
     config = CvpoConfig(
@@ -99,7 +141,7 @@ def test_truncation_bootstraps_and_termination_does_not():
         replay_frames=512,
         target_rate=0.2,
     )
-    train = jax.jit(make_train(config, countdown()))
+    train = jax.jit(whole_run(make_cvpo(config, countdown())))
     for terminates, worth in ((False, [5.0, 5.0]), (True, [2.952, 1.0])):
         state, _ = train(jax.random.key(0), CountdownParams(jnp.ones(1), jnp.asarray(terminates)))
         observation = networks.normalise(state.moments, jnp.asarray([[0.0], [3.0]]))

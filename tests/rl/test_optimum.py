@@ -74,6 +74,21 @@ def test_infeasible_limits_are_named(reference):
     np.testing.assert_allclose(found.excess, 1 / 3, rtol=1e-6)
 
 
-def test_fading_worsens_the_optimum(reference):
-    faded = tables(dataclasses.replace(REFERENCE, link=LinkParams(fading="rician")), bins=100, ratios=101)
-    assert solve(faded, (3.0, 1.8)).reward < solve(reference, (3.0, 1.8)).reward
+def test_fading_worsens_the_optimum():
+    """A line of sight costs little, and its lack more."""
+    links = [LinkParams(fading=fading) for fading in ("none", "rician", "rayleigh")]
+    grids = [tables(dataclasses.replace(REFERENCE, link=link), bins=100, ratios=101) for link in links]
+    still, rician, rayleigh = (solve(grid, (3.0, 1.8)).reward for grid in grids)
+    assert rician < still - 0.03
+    assert rayleigh < rician - 0.1
+
+
+@pytest.mark.parametrize("limits", [(np.inf, 1.8), (3.0, np.nan), (3.0,)])
+def test_limits_must_be_finite_and_complete(reference, limits):
+    with pytest.raises(MegError, match="2 finite numbers"):
+        solve(reference, limits)
+
+
+def test_tables_must_be_finite(reference):
+    with pytest.raises(MegError, match="tables: .* must be finite"):
+        solve(reference._replace(rewards_SxA=np.full_like(reference.rewards_SxA, np.nan)), (3.0, 1.8))

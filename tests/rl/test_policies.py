@@ -10,6 +10,7 @@ from pathlib import Path
 import chex
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -17,7 +18,7 @@ from megjax.cli import main
 from megjax.errors import MegError
 from megjax.rl import training
 from megjax.rl.algorithm import whole_run
-from megjax.rl.cvpo import CvpoConfig, make_cvpo, make_train
+from megjax.rl.cvpo import CvpoConfig, make_cvpo
 from megjax.rl.env import REFERENCE, action_of, make_env
 from megjax.rl.evaluate import evaluate
 from megjax.rl.networks import Moments
@@ -43,7 +44,7 @@ SMALL = CvpoConfig(
 
 def test_one_program_serves_all_limits_and_degrades_without_nan():
     config = CvpoConfig(epochs=1200)
-    train = jax.jit(chex.assert_max_traces(make_train(config, make_env()), n=1))
+    train = jax.jit(chex.assert_max_traces(whole_run(make_cvpo(config, make_env())), n=1))
 
     def run(limits, seed):
         params = dataclasses.replace(REFERENCE, limits=jnp.asarray(limits))
@@ -73,6 +74,9 @@ def test_runs_in_double_precision(make, quick_compilation):
     )
     with jax.enable_x64(True):
         state, metrics = jax.jit(whole_run(make(learner, make_env())))(jax.random.key(0), REFERENCE)
+    # In its first epoch the running mean is that epoch's, of the copies that explore.
+    seen = np.concatenate([metrics["reward"][0][:, None], metrics["cost"][0]], axis=1)
+    np.testing.assert_allclose(seen, metrics["mean_signal"][0], rtol=1e-9)
     leaves = [x for x in jax.tree.leaves((state, metrics)) if jnp.issubdtype(x.dtype, jnp.inexact)]
     assert all(np.all(np.isfinite(x)) for x in leaves)
     assert {x.dtype for x in leaves} == {np.dtype("float64"), np.dtype("complex64")}
@@ -171,6 +175,8 @@ def test_interrupted_training_resumes_to_the_same_policy(tmp_path, monkeypatch, 
         ({"limits": ()}, "at least one"),
         ({"seeds": (1, 1)}, "once"),
         ({"table": "nowhere.npz"}, "not a quality table"),
+        ({"table": "tiny", "psnr_db": float("nan")}, "psnr_db nan"),
+        ({"learner": PpoConfig(discount=1.0)}, "discount 1.0"),
     ],
 )
 def test_bad_settings_are_refused_before_training(tmp_path, fields, message):
@@ -231,7 +237,7 @@ def constant_policy(steps, ratio, info, observations=3):
 INFO = PolicyInfo(((3.0, 1.8),), conditioned=False, min_steps=4, max_steps=12, hidden_layers=1)
 
 
-def test_saved_policies_come_back_and_act(tmp_path):
+def test_saved_policies_come_back_and_act(tmp_path, monkeypatch):
     policy = constant_policy(7, 0.25, INFO)
     save_policy(tmp_path / "a" / "policy.safetensors", policy)
     back = load_policy(tmp_path / "a" / "policy.safetensors")
@@ -246,6 +252,9 @@ def test_saved_policies_come_back_and_act(tmp_path):
         act(back, -1.5, limits=(2.0, 1.8))
     with pytest.raises(MegError, match="finite"):
         act(back, float("nan"))
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(MegError, match=r"limits \(3\.0,\): give two"):
+        act(back, -1.5, limits=(3.0,))
 
 
 def test_a_conditioned_policy_knows_the_limits_between_those_it_was_trained_on():
@@ -296,6 +305,30 @@ def test_other_files_are_not_policies(tmp_path):
             load_policy(tmp_path / name)
     with pytest.raises(MegError, match="not a MegJAX policy"):
         load_policy(tmp_path / "missing")
+
+
+def test_policies_that_cannot_act_are_not_loaded(tmp_path):
+    policy = constant_policy(7, 0.25, INFO)
+    params, (first, last) = policy.params, policy.params.actor
+    broken = {
+        "shapes": [
+            policy._replace(info=INFO._replace(conditioned=True)),  # which observes two more numbers
+            policy._replace(params=params._replace(actor=(first, (last[0][:, :3], last[1][:3])))),
+            policy._replace(params=params._replace(actor=((first[0], first[1][:1]), last))),
+        ],
+        "finite": [
+            policy._replace(params=params._replace(actor=(first, (last[0], last[1].at[0].set(jnp.nan))))),
+            policy._replace(params=params._replace(std_range=(jnp.asarray(0.0), jnp.asarray(0.01)))),
+            policy._replace(info=INFO._replace(limits=((3.0, float("inf")),))),
+        ],
+        "at least one": [policy._replace(info=INFO._replace(limits=()))],
+        "steps 9 to 4": [policy._replace(info=INFO._replace(min_steps=9, max_steps=4))],
+    }
+    for message, policies in broken.items():
+        for one in policies:
+            save_policy(tmp_path / "broken.safetensors", one)
+            with pytest.raises(MegError, match=f"not a MegJAX policy: .*{message}"):
+                load_policy(tmp_path / "broken.safetensors")
 
 
 def test_evaluation_of_a_constant_policy():

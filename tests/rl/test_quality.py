@@ -83,7 +83,7 @@ def test_saved_tables_come_back(tmp_path):
 def test_the_optimum_of_a_table_is_exact_over_its_pictures():
     problem = Problem(quality=SPREAD, payload=wire_payload())
     found = tabulate(problem, bins=3, ratios=5)
-    means = SPREAD.log_mse_PxTxRxS.mean(axis=(0, 3))  # 10 dB is a third of the way from 5 to 20
+    # 10 dB is a third of the way from 5 to 20.
     means = (2 * SPREAD.log_mse_PxTxRxS[..., 0] + SPREAD.log_mse_PxTxRxS[..., 1]).mean(axis=0) / 3
     of = {(t, r): -means[i, j] for i, t in enumerate(STEPS) for j, r in enumerate(RATIOS)}
     for action, reward in zip(found.actions_Ax2, found.rewards_SxA[0], strict=True):

@@ -107,6 +107,18 @@ def test_the_last_two_and_the_best_stay(tmp_path):
     assert {path.stem for path in (tmp_path / "run").glob("*.json")} == kept
 
 
+def test_an_evaluation_counts_for_the_state_that_was_evaluated(tmp_path):
+    errors = {4: 1.0, 8: 2.0, 12: float("nan"), 16: 3.0}
+
+    def evaluate(state):
+        return Report({"error": errors[int(state.step)]})
+
+    # A log line clears nothing in between.
+    run(tmp_path, 16, every=100, evaluate=evaluate, evaluate_every=4, best="error")
+    kept = {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()}
+    assert kept == {"4", "14", "16"}
+
+
 def test_no_room_and_no_permission_are_found_before_the_first_step(tmp_path, monkeypatch):
     def batch_at(step):
         raise AssertionError("a step was taken")

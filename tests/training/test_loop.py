@@ -63,6 +63,27 @@ def test_skipped_steps_are_counted_and_leave_the_means_alone(tmp_path):
     assert metadata["custom_metadata"]["in_a_row"] == 0
 
 
+def test_a_window_without_an_update_has_no_loss_and_is_not_the_best(tmp_path):
+    run(tmp_path, 12, **bad_from(3, 6), every=3, checkpoint_every=3)
+    assert [r["step"] for r in records(tmp_path) if "loss" in r] == [3, 9, 12]
+    assert {p.name for p in (tmp_path / "run").iterdir() if p.is_dir()} == {"9", "12", best(tmp_path)}
+
+
+def best(folder):
+    losses = {r["step"]: r["loss"] for r in records(folder) if "loss" in r}
+    return str(min(losses, key=losses.get))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("every", 0), ("checkpoint_every", 0), ("keep", 0), ("keep", -1), ("evaluate_every", -1)],
+)
+def test_numbers_that_make_no_sense_are_refused(tmp_path, argument, value):
+    with pytest.raises(MegError, match=f"{argument} {value}: must be at least"):
+        run(tmp_path, 3, **{argument: value})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_ten_in_a_row_end_the_run_with_the_step_saved(tmp_path):
     import orbax.checkpoint as ocp
 

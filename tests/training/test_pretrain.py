@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from megjax.data.photos import random_crops
-from megjax.models import layout
+from megjax.errors import MegError
+from megjax.models import layout, vae_encoder
 from megjax.pipeline import Request, generate, load_pipeline
 from megjax.training import pretrain
 from megjax.training.denoiser import Captioned
@@ -27,20 +28,24 @@ def photos(monkeypatch):
     monkeypatch.setattr(pretrain, "load_photos", lambda: fake)
 
 
-def train(config):
-    config.folder.mkdir(parents=True, exist_ok=True)
-    key_vae, key_pool, key_denoiser = jax.random.split(jax.random.key(config.seed), 3)
-    autoencoder = pretrain.train_autoencoder(config, key_vae)
-    pool = pretrain.latent_pool(config, autoencoder["encoder"], key_pool)
-    text = pretrain.train_text_encoders(config, pool.data, key_denoiser)
-    denoiser = pretrain.train_denoiser(config, pool.data, key_denoiser, text)
-    decoder = pretrain.train_decoder(config, autoencoder, key_vae)
-    return pool, pretrain.save_backbone(config, pool.vae, autoencoder, decoder, denoiser)
+@pytest.fixture
+def pools(monkeypatch):
+    """Those that the U-Net learns from."""
+    found, make = [], pretrain.latent_pool
+
+    def kept(*args):
+        found.append(make(*args))
+        return found[-1]
+
+    monkeypatch.setattr(pretrain, "latent_pool", kept)
+    return found
 
 
-def test_all_stages_end_in_a_backbone_that_generates(tmp_path, photos):
+def test_all_stages_end_in_a_backbone_that_generates(tmp_path, photos, pools):
     config = dataclasses.replace(CONFIG, folder=tmp_path)
-    pool, folder = train(config)
+    folder = pretrain.pretrain(config)
+    assert (folder / "curves.png").is_file()
+    (pool,) = pools
     z = np.asarray(pool.data.z0_NxHxWxC, np.float32)
     np.testing.assert_allclose(z.mean((0, 1, 2)), 0, atol=0.02)
     np.testing.assert_allclose(z.std((0, 1, 2)), 1, atol=0.02)
@@ -50,8 +55,40 @@ def test_all_stages_end_in_a_backbone_that_generates(tmp_path, photos):
     assert np.isfinite(out.image_HxWx3).all()
     # Finished stages are not trained again: the same weights come out.
     before = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.safetensors")}
-    train(config)
+    written = (tmp_path / "latents.npz").stat().st_mtime_ns
+    assert pretrain.pretrain(config) == folder
     assert before == {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.safetensors")}
+    assert (tmp_path / "latents.npz").stat().st_mtime_ns == written
+    # Going on from it in its own folder: its encoder normalises already, so the kept latents are others.
+    fields = {"start": folder, "layout_steps": 0, "coarse_steps": 0, "steps": 0, "decoder_steps": 0}
+    assert pretrain.pretrain(dataclasses.replace(config, **fields)) == folder
+    z = np.asarray(pools[-1].data.z0_NxHxWxC, np.float32)
+    np.testing.assert_allclose(z.mean((0, 1, 2)), 0, atol=0.02)
+    np.testing.assert_allclose(z.std((0, 1, 2)), 1, atol=0.02)
+    assert load_pipeline(folder).vae_decoder.config == pool.vae
+
+
+@pytest.mark.parametrize("change", ["encoder", "key", "two_objects"])
+def test_latents_are_kept_for_what_they_depend_on_alone(tmp_path, change):
+    config = dataclasses.replace(CONFIG, folder=tmp_path)
+    params = vae_encoder(config.vae).init(jax.random.key(0))
+    given = {"config": config, "encoder": params, "key": jax.random.key(1)}
+    other = {
+        "encoder": jax.tree.map(lambda p: 1.01 * p, params),
+        "key": jax.random.key(2),
+        "two_objects": dataclasses.replace(config, two_objects=0.1),
+    }[change]
+    changed = given | {"config" if change == "two_objects" else change: other}
+    first, again, second = (pretrain.latent_pool(*x.values()).data for x in (given, given, changed))
+    chex.assert_trees_all_equal(first, again)
+    assert not np.array_equal(first.z0_NxHxWxC, second.z0_NxHxWxC)
+
+
+@pytest.mark.parametrize("pool", [0, -256, 100, 300])
+def test_a_pool_is_whole_batches(tmp_path, pool):
+    with pytest.raises(MegError, match=f"pool {pool}: must be a positive multiple of 256"):
+        pretrain.pretrain(dataclasses.replace(CONFIG, folder=tmp_path, pool=pool))
+    assert list(tmp_path.iterdir()) == []
 
 
 def quadratic(params, key, batch):

@@ -97,6 +97,15 @@ def test_the_learning_rate_warms_up_and_stays_or_falls():
     assert falling[39] < 1e-3
 
 
+@pytest.mark.parametrize("decay", [True, False])
+def test_without_a_warm_up_the_first_step_has_the_whole_learning_rate(decay):
+    optimizer = adamw(0.1, 40, warmup=0, weight_decay=0.0, decay=decay)
+    update, _ = optimizer.update(jnp.ones(()), optimizer.init(jnp.ones(())), jnp.ones(()))
+    np.testing.assert_allclose(update, -0.1, rtol=1e-4)
+    with pytest.raises(MegError, match="warmup -1: must be at least 0"):
+        adamw(0.1, 40, warmup=-1, decay=decay)
+
+
 @pytest.mark.parametrize("moments", ["float32", "bfloat16", "factored"])
 def test_moments_are_kept_as_asked_and_all_descend(moments):
     optimizer = adamw(0.02, 200, warmup=1, moments=moments, weight_decay=0.0)

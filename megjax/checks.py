@@ -1,0 +1,52 @@
+"""Checks of settings before anything is computed: errors name the setting, its value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from megjax.errors import MegError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def within(config: Any, low: float, high: float, *names: str) -> None:
+    """Refuse fields that are not finite numbers from `low` to `high`; None and every item of a tuple count.
+
+    Args:
+        config: a dataclass.
+        low: the least allowed.
+        high: the greatest allowed; may be infinite.
+        names: of fields.
+
+    Raises:
+        MegError: for the first that is not allowed.
+    """
+    for name in names:
+        given = getattr(config, name)
+        for value in given if isinstance(given, tuple) else (given,):
+            if value is not None and not (math.isfinite(value) and low <= value <= high):
+                allowed = f"at least {low:g}" if math.isinf(high) else f"{low:g} to {high:g}"
+                raise MegError(f"{name} {given}: {allowed} is allowed")
+
+
+def above(config: Any, low: float, *names: str) -> None:
+    """Refuse fields that are not finite numbers above `low`; None is left out.
+
+    Raises:
+        MegError: for the first that is not allowed.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and value > low):
+            raise MegError(f"{name} {value}: above {low:g} is allowed")
+
+
+def known_dtype(dtype: str) -> None:
+    """Refuse a dtype that networks do not run in.
+
+    Raises:
+        MegError: naming those that they do.
+    """
+    if dtype not in DTYPES:
+        raise MegError(f"dtype {dtype}: choose from {', '.join(DTYPES)}")

@@ -1,0 +1,68 @@
+"""Folders whose parts are sound alone but do not belong together, or are damaged: refused when read."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
+
+from megjax.distill.pruning import init_gate
+from megjax.errors import WeightsError
+from megjax.pipeline import load_pipeline
+from megjax.pipeline.load import EMBEDDED, GATE, _read_gate
+from tests.small import save_random
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return save_random(tmp_path_factory.mktemp("backbone") / "model")
+
+
+@pytest.fixture
+def folder(built, tmp_path):
+    return shutil.copytree(built, tmp_path / "model")
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "said"),
+    [
+        ("text_encoder", "vocab_size", 660, "tokenizer of text_encoder has 661 ids .* vocab_size 660"),
+        ("text_encoder_2", "max_position_embeddings", 31, "text_encoder_2 .* 32 tokens, .*embeddings 31"),
+        ("unet", "in_channels", 9, "from 9 channels to 4 does not fit a VAE of 4"),
+        ("vae", "latent_channels", 16, "does not fit a VAE of 16 latent channels"),
+    ],
+)
+def test_parts_of_different_models(folder, part, field, value, said):
+    edit(folder / part / "config.json", **{field: value})
+    with pytest.raises(WeightsError, match=said):
+        load_pipeline(folder)
+
+
+def test_one_tokenizer_for_two_encoders(folder):
+    shutil.rmtree(folder / "tokenizer_2")
+    edit(folder / "model_index.json", tokenizer_2=[None, None])
+    with pytest.raises(WeightsError, match="has no tokenizer_2"):
+        load_pipeline(folder)
+
+
+def test_a_damaged_gate(tmp_path):
+    folder = shutil.copytree(EMBEDDED["tiny"], tmp_path / "tiny")
+    path = folder / GATE
+    size = 16 * 16 * 4
+    assert _read_gate(path, size)["out"]["bias"].shape == (size,)
+    with pytest.raises(WeightsError, match=r"gate\.safetensors: holds .* expected .* distil"):
+        _read_gate(path, size + 1)
+    flat = flatten_dict(init_gate(jax.random.key(0), size), sep="/")
+    save_file({name: np.asarray(value) for name, value in flat.items() if name != "in/bias"}, path)
+    with pytest.raises(WeightsError, match=r"gate\.safetensors: holds .* expected .* distil"):
+        _read_gate(path, size)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match=r"gate\.safetensors: truncated"):
+        load_pipeline(folder)
