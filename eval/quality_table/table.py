@@ -43,7 +43,7 @@ class QualityTableConfig:
     """Of the partition and the noise for each entry; their log MSEs are averaged."""
     guidance: float = 2.5
     tome_ratio: float = 0.5
-    """Of the tokens merged in the U-Net's self-attention; the reference has none, but under the rules `paper`."""
+    """Of the tokens merged in the U-Net's self-attention; the reference's too under the rules `paper`."""
     rules: FeatureRules = "default"
     seed: int = 2024
     output: Path = Path("quality.npz")

@@ -39,13 +39,12 @@ ONLY = {
     "thresholding": False,
     "timestep_type": "discrete",
     "trained_betas": None,
-    "use_beta_sigmas": False,
-    "use_exponential_sigmas": False,
     "use_flow_sigmas": False,
-    "use_karras_sigmas": False,
-    "use_lu_lambdas": False,
 }
-"""The values of diffusers' fields that `Schedule` and `ddim` have, whichever scheduler's config it is."""
+"""The values of diffusers' fields that `Schedule` and `ddim` have, whichever scheduler's config it is.
+
+How another solver spaces its steps (`use_karras_sigmas`) says nothing of the model, and is not read.
+"""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["abar"], meta_fields=["spacing", "offset"])

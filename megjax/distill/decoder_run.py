@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
 from megjax import weights
 from megjax.checks import above, known_dtype, within
@@ -37,7 +37,7 @@ from megjax.distill.pruning import init_gate
 from megjax.errors import MegError
 from megjax.link.features import FeatureRules
 from megjax.models import Network, Options, Params, VAEConfig, read, vae_decoder
-from megjax.pipeline.load import DECODERS, Pipeline, load_pipeline
+from megjax.pipeline.load import DECODERS, Pipeline, load_pipeline, read_gate
 from megjax.pipeline.split import noise_unit
 from megjax.training.logs import Report, Work, counted_work
 from megjax.training.loop import Evaluate, fit
@@ -297,8 +297,7 @@ def load_decoder(folder: Path) -> tuple[Network, Params, Params | None]:
     decoder = vae_decoder(config)
     gate = None
     if (folder / GATE).is_file():
-        flat = {tuple(name.split("/")): jnp.asarray(x) for name, x in load_file(folder / GATE).items()}
-        gate = unflatten_dict(flat)
+        gate = read_gate(folder / GATE)
     return decoder, weights.load(folder, decoder.shapes, dtype=jnp.float32), gate
 
 

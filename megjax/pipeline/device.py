@@ -69,7 +69,7 @@ def load_device(
     vae = config(VAEConfig, "vae")
     network = vae_decoder(vae, options)
     distilled = folder.path / DECODERS
-    names = sorted(p.name for p in distilled.iterdir() if p.is_dir()) if distilled.is_dir() else []
+    names = sorted(p.name for p in distilled.glob("[!.]*") if p.is_dir())
     name = decoder or ("meg" if "meg" in names else "vae")
     if name not in ("vae", *names):
         raise MegError(f"decoder {name!r}: {model} has {', '.join(['vae', *names])}")

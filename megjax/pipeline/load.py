@@ -138,11 +138,12 @@ def load_pipeline(
     if (folder.path / STUDENT).is_dir():
         params["student"] = read(STUDENT, networks["unet"].shapes)
     if (folder.path / DECODERS).is_dir():
-        names = sorted(part.name for part in (folder.path / DECODERS).iterdir() if part.is_dir())
+        # A write that was killed leaves a hidden folder.
+        names = sorted(p.name for p in (folder.path / DECODERS).glob("[!.]*") if p.is_dir())
         params["decoders"] = {name: read(f"{DECODERS}/{name}", decoder.shapes) for name in names}
     if (folder.path / GATE).is_file():
         side = networks["unet"].config.sample_size
-        params["gate"] = _read_gate(folder.path / GATE, side * side * vae.latent_channels)
+        params["gate"] = read_gate(folder.path / GATE, side * side * vae.latent_channels)
     return Pipeline(
         name=str(model),
         text_encoders=(networks["text_encoder"], networks["text_encoder_2"]),
@@ -171,11 +172,20 @@ def sdxl(options: Options = Options()) -> Pipeline:
     )
 
 
-def _read_gate(path: Path, size: int) -> Params:
-    """MEG-Pruning's gate, `megjax.distill.pruning.init_gate`, for latents of `size` values."""
+def read_gate(path: Path, size: int | None = None) -> Params:
+    """Read MEG-Pruning's gate, `megjax.distill.pruning.init_gate`.
+
+    Args:
+        path: of the file.
+        size: values of a latent; None takes what the file has.
+
+    Raises:
+        WeightsError: a file that is damaged, or no gate of that size.
+    """
     tensors = formats.tensors(path)
     found = {name: tensor.shape for name, tensor in tensors.items()}
     hidden = next(iter(found.get("in/bias", ())), 1)
+    size = next(iter(found.get("out/bias", ())), 1) if size is None else size
     expected = {
         "in/kernel": (1, hidden),
         "in/bias": (hidden,),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,8 @@ class Algorithm(NamedTuple):
     epochs: int
 
 
-_ALLOWED = (
+_Rule: TypeAlias = tuple[tuple[str, ...], Callable[[float], bool], str]
+_ALLOWED: tuple[_Rule, ...] = (
     (("discount",), lambda x: 0 <= x < 1, "from 0 to below 1"),
     (("gae", "target_rate"), lambda x: 0 <= x <= 1, "from 0 to 1"),
     (("std_start", "std_end", "kl_bound"), lambda x: x > 0, "above 0"),
@@ -62,7 +63,7 @@ _ALLOWED = (
         "at least 1",
     ),
 )
-_REST = (lambda x: x >= 0, "0 or more")
+_REST: _Rule = ((), lambda x: x >= 0, "0 or more")
 
 
 def check_settings(config: Any) -> None:
@@ -80,7 +81,7 @@ def check_settings(config: Any) -> None:
         raise MegError(f"greedy_envs {config.greedy_envs}: from 0 to below envs, {config.envs}, are allowed")
     for path, value in jax.tree.leaves_with_path(dataclasses.asdict(config)):
         name = [step.key for step in path if isinstance(step, jax.tree_util.DictKey)][-1]
-        allows, text = next((rule for names, *rule in _ALLOWED if name in names), _REST)
+        _, allows, text = next((rule for rule in _ALLOWED if name in rule[0]), _REST)
         if not isinstance(value, str) and not (math.isfinite(value) and allows(value)):
             raise MegError(f"{name} {value}: must be a finite number, {text}")
 

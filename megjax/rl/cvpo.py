@@ -138,8 +138,8 @@ def make_cvpo(config: CvpoConfig, env: Env) -> Algorithm:
     kept = config.replay_frames // config.envs
     if not config.n_step <= config.collect_steps <= kept:
         raise MegError(
-            f"collect_steps {config.collect_steps}: from n_step, {config.n_step}, to the {kept} frames that the "
-            "replay keeps of each copy, replay_frames // envs"
+            f"collect_steps {config.collect_steps}: from n_step, {config.n_step}, to the {kept} frames that "
+            "the replay keeps of each copy, replay_frames // envs"
         )
     groups, m = config.groups, env.cost_size
     q = 1 + m

@@ -175,7 +175,7 @@ SDXL = {
         {},
         {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"},  # sdxl-turbo
         {"rescale_betas_zero_snr": False, "sigma_max": None, "sigma_min": None, "timestep_type": "discrete"},
-        {"use_karras_sigmas": None, "use_beta_sigmas": False, "final_sigmas_type": "zero"},
+        {"use_karras_sigmas": True, "use_beta_sigmas": False, "final_sigmas_type": "zero"},
     ],
 )
 def test_schedules_that_load(tmp_path, more):
@@ -206,8 +206,7 @@ def test_schedules_that_load(tmp_path, more):
         ("thresholding", True),
         ("timestep_type", "continuous"),
         ("trained_betas", [0.1, 0.2]),
-        ("use_exponential_sigmas", True),
-        ("use_karras_sigmas", True),
+        ("use_flow_sigmas", True),
         ("timestep_spacing", "linspace"),
         ("timestep_spacing", None),
     ],

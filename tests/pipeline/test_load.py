@@ -10,9 +10,10 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from megjax.distill.pruning import init_gate
-from megjax.errors import WeightsError
+from megjax.errors import MegError, WeightsError
 from megjax.pipeline import load_pipeline
-from megjax.pipeline.load import EMBEDDED, GATE, _read_gate
+from megjax.pipeline.device import load_device
+from megjax.pipeline.load import EMBEDDED, GATE, read_gate
 from tests.small import save_random
 
 
@@ -56,13 +57,22 @@ def test_a_damaged_gate(tmp_path):
     folder = shutil.copytree(EMBEDDED["tiny"], tmp_path / "tiny")
     path = folder / GATE
     size = 16 * 16 * 4
-    assert _read_gate(path, size)["out"]["bias"].shape == (size,)
+    assert read_gate(path, size)["out"]["bias"].shape == (size,)
     with pytest.raises(WeightsError, match=r"gate\.safetensors: holds .* expected .* distil"):
-        _read_gate(path, size + 1)
+        read_gate(path, size + 1)
     flat = flatten_dict(init_gate(jax.random.key(0), size), sep="/")
     save_file({name: np.asarray(value) for name, value in flat.items() if name != "in/bias"}, path)
     with pytest.raises(WeightsError, match=r"gate\.safetensors: holds .* expected .* distil"):
-        _read_gate(path, size)
+        read_gate(path, size)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(WeightsError, match=r"gate\.safetensors: truncated"):
         load_pipeline(folder)
+
+
+def test_what_a_killed_write_left_is_no_decoder(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(EMBEDDED["tiny"], model)
+    (model / "decoders" / ".1234-meg").mkdir()
+    assert set(load_pipeline(model).params["decoders"]) == set(load_pipeline("tiny").params["decoders"])
+    with pytest.raises(MegError, match="has vae, magnitude_pruning, meg"):
+        load_device(model, decoder=".1234-meg")

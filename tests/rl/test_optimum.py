@@ -90,5 +90,5 @@ def test_limits_must_be_finite_and_complete(reference, limits):
 
 
 def test_tables_must_be_finite(reference):
-    with pytest.raises(MegError, match="tables: .* must be finite"):
+    with pytest.raises(MegError, match=r"tables: .* must be finite"):
         solve(reference._replace(rewards_SxA=np.full_like(reference.rewards_SxA, np.nan)), (3.0, 1.8))

@@ -1,0 +1,123 @@
+"""The programs of `eval` refuse at once, in one line, what they cannot do; prompts and their latents."""
+
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.merging import TINY as STUDY
+from configs.quality_table import SMOKE
+from eval import backbone, bench, distillation, profile
+from eval.prompts import draw, prompts_of
+from megjax.pipeline import load_pipeline
+from megjax.pipeline.split import condition, denoise
+from megjax.text import tokenize
+
+NOWHERE = Path("no/such/folder/out.json")
+
+
+def refused(main, config, capsys):
+    """What a main says of a config, when it ends at once with code 2."""
+    with pytest.raises(SystemExit) as ended:
+        main(config)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("error: ")
+    return said[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "changes", "message"),
+    [
+        (backbone, {"model": "no/such/model"}, "no/such/model"),
+        (backbone, {"captions": 0}, "captions 0, batch 50: at least 1 caption, a multiple of the batch"),
+        (backbone, {"captions": 75}, "captions 75, batch 50: at least 1 caption"),
+        (backbone, {"batch": 0}, "batch 0"),
+        (backbone, {"output": NOWHERE}, "there is no folder no/such/folder"),
+        (distillation, {"model": "no/such/model"}, "no/such/model"),
+        (distillation, {"captions": -50}, "captions -50, pictures 2000, batch 50: multiples of a batch"),
+        (distillation, {"pictures": 30}, "pictures 30, batch 50: multiples of a batch"),
+        (distillation, {"batch": 0}, "batch 0"),
+        (distillation, {"output": NOWHERE}, "there is no folder no/such/folder"),
+        (profile, {"out": NOWHERE}, "there is no folder no/such/folder"),
+        (profile, {"calls": 0}, "calls 0, batches (1, 2, 4, 8, 16): at least 1 call"),
+        (profile, {"batches": ()}, "batches ()"),
+        (profile, {"power_w": float("nan")}, "power_w nan: finite numbers of watts above 0"),
+        (profile, {"power_w": 10.0, "device": "toaster"}, "unknown device 'toaster'"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(module, changes, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert message in refused(module.main, module.Config(**changes), capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("merging", dataclasses.replace(STUDY, scenes=1), "1 scenes, 64 crops, batch 32"),
+        ("merging", dataclasses.replace(STUDY, folder=Path("/dev/null/x")), "/dev/null/x cannot be written"),
+        ("quality_table", dataclasses.replace(SMOKE, output=NOWHERE), "there is no folder no/such/folder"),
+    ],
+)
+def test_presets_mains_refuse_in_one_line(name, config, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(importlib.import_module(f"eval.{name}.__main__").main, config, capsys)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    rounds: int = 1
+    json: Path | None = None
+
+
+def test_a_comparison_sees_to_its_file_and_its_rounds_first(capsys, monkeypatch):
+    def main(config):
+        bench.alternate("eval.bench.tasks", ("megjax", "torch"), config.rounds, core=0, args=[])
+
+    for *arguments, message in (("--json", str(NOWHERE), "no folder"), ("--rounds", "0", "rounds 0")):
+        monkeypatch.setattr(sys, "argv", ["program", *arguments])
+        said = refused(lambda config: bench.start(main, config, "eval.bench.x"), Comparison, capsys)
+        assert message in said
+
+
+def test_usage_names_the_module(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/an/absolute/path.py", "--help"])
+    with pytest.raises(SystemExit):
+        bench.start(lambda config: None, Comparison, "eval.bench.tasks")
+    assert "usage: python -m eval.bench.tasks" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load_pipeline("tiny")
+
+
+@pytest.mark.parametrize(("sampler", "part"), [("ddim", "unet"), ("perflow", "student")])
+def test_prompts_are_drawn_by_the_samplers_own_network(pipeline, sampler, part):
+    texts, key = ["a red circle", "a blue square"], jax.random.key(0)
+    prompts = prompts_of(pipeline, texts, key)
+    ids = [jnp.asarray(tokenize(pipeline.tokenizers, t, allow_empty=True)) for t in (texts, ["", ""])]
+    prompt, empty = (condition(pipeline, pipeline.params, i, size=(64, 64)) for i in ids)
+    noise = jax.random.normal(key, (2, 16, 16, 4))
+    own = (prompt, empty, 4, 3.0, jnp.zeros_like(noise), 1.0)
+    expected = denoise(pipeline, pipeline.params[part], noise, *own, sampler=sampler)
+    np.testing.assert_array_equal(draw(pipeline, prompts, sampler, 4, 3.0), expected)
+
+
+def test_without_a_gate_the_learned_pruning_is_left_out(pipeline, monkeypatch):
+    pictures = jnp.zeros((2, 64, 64, 3))
+    monkeypatch.setattr(distillation, "fresh_prompts", lambda *args: (None, None))
+    for name in ("draw", "decode", "received_pictures"):
+        monkeypatch.setattr(distillation, name, lambda *args: pictures)
+    config = distillation.Config(pictures=2, batch=2)
+    ungated = dataclasses.replace(pipeline, params={k: v for k, v in pipeline.params.items() if k != "gate"})
+    for model, expected in ((pipeline, {"pruning", "pruning_magnitude"}), (ungated, {"pruning_magnitude"})):
+        names = {place.split("/")[1] for place in distillation.decoders(model, config)["mse"]}
+        assert {name for name in names if name.startswith("pruning")} == expected
