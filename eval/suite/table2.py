@@ -143,7 +143,7 @@ def quality(context: Context, entry: Entry, coded: Any, clean: Any) -> dict[str,
 def pruning_said(context: Context, name: Name) -> str:
     """Return the report's sentence on what MEG-Pruning is in it."""
     if len(context.prunings) == 1:
-        return f"MEG-Pruning is {LABELS[name]}, its index map charged: this model has no learned gate."
+        return "MEG-Pruning prunes by magnitude, its index map charged: this model has no learned gate."
     return f"MEG-Pruning is the stronger of both prunings at equal bits, here {LABELS[name]}."
 
 

@@ -16,7 +16,8 @@ from megjax.data.scenes import sample_scenes
 from megjax.diffusion import Flow, conditioned, perflow
 from megjax.diffusion.perflow import flow_file
 from megjax.errors import MegError, WeightsError
-from megjax.link.payload import payload_bits
+from megjax.link import wire
+from megjax.merging import match, merge, pack
 from megjax.models import VAEConfig
 from megjax.pipeline import Request, generate, generate_each, load_pipeline
 from megjax.pipeline.split import (
@@ -83,10 +84,18 @@ def test_a_picture_that_is_not_finite_is_refused(pipeline):
 
 @pytest.mark.parametrize("rules", ["default", "paper"])
 def test_payload_is_what_is_sent(pipeline, rules):
+    key, grid = jax.random.key(0), (8, 8)
+    tokens = jax.random.normal(key, (64, 16))
     for ratio in (0.0, 0.4, 0.75):
         out = generate(pipeline, Request(PROMPT, steps=1, ratio=ratio, rules=rules))
-        assert out.tokens == 64 - int(np.floor(np.float32(ratio) * 64 + 1e-4))
-        assert out.payload_bits == payload_bits(ratio, 64, 16, rules=rules)
+        merged = int(np.floor(np.float32(ratio) * 64 + 1e-4))
+        assert out.tokens == 64 - merged
+        if rules == "default":
+            plan = match(tokens, key, ratio, grid)
+            message = pack(merge(tokens, plan), plan, key, ratio, grid)
+            assert out.payload_bits == 8 * (len(message) - wire.HEADER_BYTES)
+        else:  # a 16-bit symbol tells where a merged token went
+            assert out.payload_bits == 16 * (16 * (64 - merged) + merged)
 
 
 @pytest.mark.parametrize(("rules", "snr_db"), [("default", 20.0), ("paper", 37.7)])
