@@ -10,7 +10,7 @@ from megjax.errors import MegError
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def within(config: Any, low: float, high: float, *names: str) -> None:
+def within(config: Any, low: int | float, high: int | float, *names: str) -> None:
     """Refuse fields that are not finite numbers from `low` to `high`; None and every item of a tuple count.
 
     Args:
@@ -30,7 +30,7 @@ def within(config: Any, low: float, high: float, *names: str) -> None:
                 raise MegError(f"{name} {given}: {allowed} is allowed")
 
 
-def above(config: Any, low: float, *names: str) -> None:
+def above(config: Any, low: int | float, *names: str) -> None:
     """Refuse fields that are not finite numbers above `low`; None is left out.
 
     Raises:

@@ -298,7 +298,12 @@ def _trained(
 ) -> dict[str, Any]:
     pairs = tuple((latency, energy) for latency, energy in limits)
     config = PolicyRunConfig(
-        learner=learner, limits=pairs, seeds=tuple(settings["seeds"]), folder=folder / "run", chunks=CHUNKS
+        learner=learner,
+        limits=pairs,
+        seeds=tuple(settings["seeds"]),
+        folder=folder / "run",
+        chunks=CHUNKS,
+        checkpoint_every=4,
     )
     given = problem_of(record)
 

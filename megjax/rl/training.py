@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import AxisType, PartitionSpec
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megjax.checks import within
 from megjax.errors import MegError
 from megjax.files import replacing, write_file
 from megjax.link import profiles
@@ -57,7 +59,9 @@ class PolicyRunConfig:
     """PSNR of the received features; read with `table` only."""
     folder: Path = Path("runs/policy")
     chunks: int = 20
-    """Parts of a run: after each, curves are written and a checkpoint is saved."""
+    """Parts of a run: after each, curves are written."""
+    checkpoint_every: int = 1
+    """Parts between checkpoints; the last part has one."""
     episodes: int = 1000
     """Fresh episodes on which the final policies are evaluated."""
     batching: Batching = "auto"
@@ -258,7 +262,8 @@ def _fit(
                 metrics = jax.device_get(metrics)
                 seconds = time.perf_counter() - start
                 _log(log, metrics, runs, min((part + 1) * chunk, algorithm.epochs), seconds, best)
-                manager.save(part + 1, args=ocp.args.StandardSave(jax.tree.leaves(states)))
+                if (part + 1) % config.checkpoint_every == 0 or part + 1 == parts:
+                    manager.save(part + 1, args=ocp.args.StandardSave(jax.tree.leaves(states)))
                 reward, cost = np.mean(metrics["reward"]), np.mean(metrics["cost"], axis=(0, 1))
                 report((part + 1) / parts, f"reward {reward:.3f}, {cost[0]:.3f} s, {cost[1]:.3f} kJ")
         manager.wait_until_finished()
@@ -361,8 +366,7 @@ def _check(config: PolicyRunConfig) -> None:
             raise MegError(f"limits {pair}: a mean latency (s) and energy (kJ), finite and above 0")
     if len(set(config.limits)) < len(config.limits) or len(set(config.seeds)) < len(config.seeds):
         raise MegError("limits and seeds: each may be given once")
-    if config.chunks < 1 or config.episodes < 1:
-        raise MegError(f"chunks {config.chunks}, episodes {config.episodes}: at least 1 of each")
+    within(config, 1, math.inf, "chunks", "checkpoint_every", "episodes")
     if not np.isfinite(config.psnr_db):
         raise MegError(f"psnr_db {config.psnr_db}: must be a finite number")
 

@@ -194,10 +194,21 @@ def test_impossible_limits_are_refused_before_training(tmp_path):
 def test_ppo_trains_at_several_limits_and_on_tables(tmp_path, quick_compilation):
     surface = np.full((2, 2, 2, 1), 0.01)
     problem = Problem(quality=make_table(surface, [4, 12], [0.0, 1.0], [10.0]), payload=wire_payload())
+
+    def saved():
+        return sorted(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*") if p.name.isdigit())
+
     learner = PpoConfig(envs=12, greedy_envs=4, collect_steps=8, epochs=4, minibatches=2, hidden=(8, 8))
     limits = ((3.0, 1.8), (2.5, 1.8))
-    config = PolicyRunConfig(learner=learner, limits=limits, chunks=2, episodes=4, folder=tmp_path)
-    results = train_policies(config, problem, tabulate(problem, bins=10, ratios=11))
+    config = PolicyRunConfig(
+        learner=learner, limits=limits, chunks=4, checkpoint_every=3, episodes=4, folder=tmp_path
+    )
+    said = []
+    results = train_policies(
+        config, problem, tabulate(problem, bins=10, ratios=11), lambda share, _: said.append((share, saved()))
+    )
+    assert said[:2] == [(0.25, []), (0.5, [])]
+    assert saved() == [4]  # the last part's, though it is no third
     assert [r["limits"] for r in results] == [*limits]
     for result in results:
         # Whatever is done has the same quality, so its reward is known and is the optimum.
