@@ -7,9 +7,10 @@ All learn from the same cached latents, with the same updates; a sample counts b
     python -m train.distill_decoder tiny-pruning         # the variational gate of MEG-Pruning
     python -m train.distill_decoder tiny-magnitude       # the largest scalars alone
 
-On two CPU cores an hour or two each. `paper` trains under the authors' rules: strips, one round, absolute
-noise (of 0.05 to 0.32, drawn evenly in dB). `sdxl` takes SDXL's decoder on one GPU, `sdxl-thin` a decoder of
-a tenth of the FLOPs. `--model` is a backbone with a student, such as `runs/diffuser/tiny/model`. `debug`
+On one CPU core, reckoned from shorter runs, the latents take over an hour, once for all, and then each
+decoder an hour and a half. `paper` trains under the authors' rules: strips, one round, noise of 0.05 to 0.32
+on un-normalised latents, drawn evenly in dB. `sdxl` takes SDXL's decoder on one GPU, `sdxl-thin` a decoder
+of a tenth of the FLOPs. `--model` is a backbone with a student, such as `runs/diffuser/tiny/model`. `debug`
 trains two steps, `debug-resume` two more.
 """
 

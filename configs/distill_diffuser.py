@@ -1,10 +1,14 @@
 """Presets of `python -m train.distill_diffuser`: a few-step student by piecewise rectified flow.
 
-`tiny` makes MEG-Tiny's student, on two CPU cores in some three hours (reckoned from the speed of shorter
-runs); the teacher solves its windows beforehand, in half the paper's steps but to second order, and the
-noisiest, where one call decides the picture, is learned most:
+`tiny` makes a student of MEG-Tiny, on one CPU core in a hundred minutes; the teacher solves its windows
+beforehand, in half the paper's steps but to second order, and the noisiest, where one call decides the
+picture, is learned most:
 
     python -m train.distill_diffuser tiny
+    python -m eval.distillation --model runs/diffuser/tiny/model --captions 500 --pictures 0
+
+Expected: 61.6, 63.8, 65.6, 66.4 % of captions drawn right in 4, 6, 8, 12 steps (the teacher's 50: 65.0 %),
+and 4 steps 1.4 times as near to the teacher's pictures as its own DDIM. What ships learned longer.
 
 `sdxl` distils SDXL as the paper does; `sdxl-lora` fits one GPU of 80 GB. Both read LAION-COCO-aesthetic from
 the hub, at least 1024 pixels a side, and keep latents and embeddings in `runs/cache`, 0.45 MB a picture.

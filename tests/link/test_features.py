@@ -29,8 +29,8 @@ def test_default_noise_is_relative_to_the_messages_power(psnr_db, scale):
 def test_paper_noise_is_absolute_in_units_of_the_autoencoders_latents():
     """20 dB is the authors' standard deviation of 0.1, a real SNR near 38 dB on latents of 7.7."""
     unit = np.float32([0.13025, 0.2]).repeat(8)
-    x = tokens(512, 16) * unit[None]
-    noise = np.asarray(transmit(KEY, x, 20.0, unit_D=unit) - quantise(x)) / unit
+    x = np.asarray(tokens(512, 16)) * unit
+    noise = np.asarray(transmit(KEY, jnp.asarray(x), 20.0, unit_D=unit) - quantise(jnp.asarray(x))) / unit
     assert scipy.stats.kstest(noise.ravel() / 0.1, "norm").pvalue > 1e-3
     assert 10 * np.log10(np.var(x / unit) / np.var(noise)) == pytest.approx(37.7, abs=0.3)
 
