@@ -18,9 +18,11 @@ def main(config: PolicyRunConfig) -> None:
     for result in results:
         worth = result["deterministic"]
         latency, energy = worth["costs"]
+        over = any(cost > 1.01 * limit for cost, limit in zip(worth["costs"], result["limits"], strict=True))
         print(
             f"limits {result['limits']} seed {result['seed']}: reward {worth['reward']:.4f} "
             f"(optimum {result['optimum']:.4f}), {latency:.4f} s, {energy:.4f} kJ"
+            + (", over its limits" if over else "")
         )
 
 

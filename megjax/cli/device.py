@@ -91,6 +91,8 @@ def device_command(args: tyro.conf.OmitArgPrefixes[Device]) -> None:
         raise MegError("height and width: give both or neither")
     if not 0 <= args.seed < 2**32:
         raise MegError(f"seed {args.seed}: from 0 to {2**32 - 1} are allowed")
+    if not args.patience_s >= 0:  # NaN, too, would wait for ever
+        raise MegError(f"patience_s {args.patience_s}: a number from 0 on is allowed")
     size = None if args.height is None or args.width is None else (args.height, args.width)
     channel = None
     if args.emulate is not None:

@@ -50,7 +50,7 @@ class Generate:
     steps: int = 8
     """Denoising steps T."""
     ratio: float = 0.4
-    """Merging ratio r, from 0 to 15/16."""
+    """Merging ratio r, from 0 to 15/16; under the rules `paper` what is above 3/4 is clipped to it."""
     psnr_db: float = 10.0
     """Signal-to-noise ratio of the features on the channel; inf is a perfect channel."""
     seed: int = 0
@@ -144,6 +144,7 @@ def generate_command(args: tyro.conf.OmitArgPrefixes[Generate]) -> None:
                 results.append(result)
                 progress.advance(task)
             save(output, _contact_sheet(requests, results))
+            progress.console.print(f"{output}: {len(requests)} pictures", highlight=False)
             return
         result = generate(pipeline, request, start, on_stage=stage)
         stage("counting FLOPs")

@@ -119,7 +119,7 @@ def check(request: Request, pipeline: Pipeline) -> None:
     for name in ("height", "width"):
         value = getattr(request, name)
         if value is not None and (value < multiple or value % multiple):
-            raise MegError(f"{name} {value}: multiples of {multiple} pixels are allowed")
+            raise MegError(f"{name} {value}: multiples of {multiple} pixels from {multiple} on are allowed")
 
 
 def generate(

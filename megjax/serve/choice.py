@@ -29,7 +29,7 @@ def covering(policies: Sequence[Policy], limits: tuple[float, float]) -> Policy:
         low, high = trained.min(axis=0), trained.max(axis=0)
         if np.all(np.asarray(limits) >= 0.999 * low) and np.all(np.asarray(limits) <= 1.001 * high):
             return policy
-        ends = [f"{pair[0]:g} s and {pair[1] * 1000:g} J" for pair in (low, high)]
+        ends = [f"{pair[0]:g} s and {pair[1] * 1000:g} J ({pair[1]:g} kJ)" for pair in (low, high)]
         kept.append(ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}")
     raise MegError(f"limits: the policies here keep {'; '.join(kept)}")
 

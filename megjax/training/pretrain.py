@@ -93,11 +93,15 @@ def pretrain(config: PretrainConfig) -> Path:
     """Train all stages, each from its newest checkpoint in `config.folder`; returns the model's folder.
 
     Raises:
-        MegError: a pool that is no multiple of 256, no such `start`; see `fit` and `draw_curves`.
+        MegError: a pool that is no multiple of 256, no such `start`, a folder that cannot be made; see `fit`
+            and `draw_curves`.
     """
     if config.pool < 1 or config.pool % POOL_BATCH:
         raise MegError(f"pool {config.pool}: must be a positive multiple of {POOL_BATCH}")
-    config.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        config.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MegError(f"folder {config.folder}: cannot be made ({error.strerror or error})") from None
     key_vae, key_pool, key_denoiser = jax.random.split(jax.random.key(config.seed), 3)
     start = None
     if config.start is None:
