@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,3 +86,24 @@ def writable(path: Path, name: str = "output") -> Path:
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise MegError(f"{name} {path}: not writable; choose another file")
     return path
+
+
+def writable_folder(folder: Path, name: str = "out") -> Path:
+    """Make a folder and see that it can be written, before anything is computed for it.
+
+    Args:
+        folder: that is to receive results.
+        name: of the argument that gave it.
+
+    Raises:
+        MegError: if it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise MegError(
+            f"--{name} {folder} cannot be written: {error.strerror or error}; choose another folder"
+        ) from None
+    return folder

@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from megjax.errors import MegError
-from megjax.files import replacing, replacing_folder, writable, write_file
+from megjax.files import replacing, replacing_folder, writable, writable_folder, write_file
 
 
 def test_a_file_is_replaced_whole_and_readable_by_others(tmp_path):
@@ -71,3 +71,11 @@ def test_places_that_cannot_be_written_are_refused(tmp_path):
         tmp_path.chmod(0o500)
         with pytest.raises(MegError, match="not writable"):
             writable(tmp_path / "file")
+
+
+def test_folders_that_cannot_be_written_are_refused(tmp_path):
+    assert writable_folder(tmp_path / "new" / "folder").is_dir()
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(MegError, match=r"--folder .* cannot be written"):
+        writable_folder(tmp_path / "file" / "run", "folder")

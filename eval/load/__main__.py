@@ -15,9 +15,9 @@ from eval.load.config import Config
 from eval.load.draw import draw, figures, save
 from eval.load.drive import drive, requests, serving
 from eval.load.verify import verify
-from eval.outputs import prepare
 from megjax.client import largest_message_bytes
 from megjax.errors import one_line_errors
+from megjax.files import writable_folder
 from megjax.pipeline import load_pipeline
 from megjax.pipeline.device import Device
 
@@ -25,7 +25,7 @@ from megjax.pipeline.device import Device
 def main(config: Config) -> bool:
     """Send the load, verify the answers, write the figures; returns whether all was answered and right."""
     config = dataclasses.replace(config, token=config.token or os.environ.get("MEGJAX_TOKEN") or None)
-    prepare(config.out)
+    writable_folder(config.out)
     asked = requests(config)
     pipeline = load_pipeline(config.model)
     size = pipeline.image_size, pipeline.image_size

@@ -14,12 +14,11 @@ from matplotlib.figure import Figure
 
 from eval.merging.curves import Curve, mse_at, ratio_to
 from eval.merging.methods import DEFAULT, TOMESD, Method, methods
-from eval.outputs import prepare
 from megjax.data.photos import HELD_OUT, load_photos, random_crops
 from megjax.data.render import render
 from megjax.data.scenes import sample_scenes
 from megjax.errors import MegError
-from megjax.files import replacing, write_file
+from megjax.files import replacing, writable_folder, write_file
 from megjax.pipeline.load import Pipeline, load_pipeline
 from megjax.pipeline.split import decode, encode
 
@@ -82,7 +81,7 @@ def run(config: MergingStudyConfig) -> dict[str, Any]:
         raise MegError(
             f"{config.scenes} scenes, {config.crops} crops, batch {config.batch}: need 2 of each, 1 a batch"
         )
-    prepare(config.folder, "folder")
+    writable_folder(config.folder, "folder")
     prose = None if config.document is None else prose_of(config.document)
     pipeline = load_pipeline(config.model)
     pictures = {

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from configs.suite import PRESETS
-from eval.outputs import prepare
 from eval.suite.config import SuiteConfig, check, items
 from eval.suite.run import cache_compilations, run
 from megjax.errors import MegError, one_line_errors
+from megjax.files import writable_folder
 
 
 @one_line_errors()
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
 def _run(config: SuiteConfig) -> None:
     check(config)
     wanted = items(config)
-    prepare(config.out)
+    writable_folder(config.out)
     cache_compilations(config.out)
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True)) as progress:

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 
-from eval.outputs import prepare
 from eval.suite import config as settings
 from eval.suite.claims import claims
 from eval.suite.config import ITEMS, SuiteConfig
@@ -26,7 +25,7 @@ from eval.suite.present.tables import csv_text, markdown
 from eval.suite.table1 import table1
 from eval.suite.table2 import table2
 from eval.suite.timing import timings
-from megjax.files import write_file
+from megjax.files import writable_folder, write_file
 
 MAKE: dict[str, Callable[[Context], Record]] = {
     "table1": table1,
@@ -66,7 +65,7 @@ def run(
         MegError: settings that are not allowed, unreadable prompts, or a folder that cannot be written.
     """
     settings.check(config)
-    prepare(config.out)
+    writable_folder(config.out)
     wanted = settings.items(config)
     context = Context(config, say, on_stage, on_share)
     if config.prompts is not None:

@@ -35,6 +35,7 @@ from megjax.distill.encoding import encoded_latents, sampled_latents
 from megjax.distill.export import save_weights
 from megjax.distill.pruning import init_gate
 from megjax.errors import MegError
+from megjax.files import writable_folder
 from megjax.link.features import FeatureRules
 from megjax.models import Network, Options, Params, VAEConfig, read, vae_decoder
 from megjax.pipeline.load import DECODERS, Pipeline, load_pipeline, read_gate
@@ -240,15 +241,16 @@ def train_decoder(config: DecoderConfig) -> Path:
     check(config)
     mesh = make_mesh(config.replicas, config.fsdp)
     pipeline = load_pipeline(config.model, Options(config.dtype, config.dtype))
+    writable_folder(config.folder, "folder")
+    program = decoder_distillation(config, pipeline)
+    key_init, key_run = jax.random.split(jax.random.key(config.seed))
+    shardings = state_shardings(program.state, mesh)
+    params = place(_start(config, pipeline, program.decoder, key_init), shardings.params)
     rows = _rows(config, pipeline)
     if len(rows) < config.held_out + config.batch:
         raise MegError(
             f"{len(rows)} examples: {config.held_out} are held out and a batch has {config.batch}; take more"
         )
-    program = decoder_distillation(config, pipeline)
-    key_init, key_run = jax.random.split(jax.random.key(config.seed))
-    shardings = state_shardings(program.state, mesh)
-    params = place(_start(config, pipeline, program.decoder, key_init), shardings.params)
     with jax.set_mesh(mesh):
         start = jax.jit(lambda params: init_state(params, program.optimizer), out_shardings=shardings)(params)
     state = fit(

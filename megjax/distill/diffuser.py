@@ -28,7 +28,9 @@ from megjax.distill.perflow import SolverOrder
 from megjax.distill.student_loss import Batch, Measure, Solved, perflow_loss, solved_loss
 from megjax.distill.windows import solved_windows
 from megjax.errors import MegError
+from megjax.files import writable_folder
 from megjax.models import Network, Options, Params, time_ids, unet
+from megjax.models.attention import IMPLEMENTATIONS
 from megjax.pipeline.load import EMBEDDED, STUDENT, Pipeline, load_pipeline
 from megjax.pipeline.split import condition
 from megjax.training.logs import Report, Work, counted_work
@@ -153,6 +155,8 @@ def check(config: DiffuserConfig, pipeline: Pipeline) -> None:
     within(config, 0, 1, "ema_decay", "text_drop", "start_share")
     above(config, 0, "clip", "huber", "rollout_width")
     known_dtype(config.dtype)
+    if config.attention not in IMPLEMENTATIONS:
+        raise MegError(f"attention {config.attention}: choose from {', '.join(IMPLEMENTATIONS)}")
     timesteps = len(pipeline.schedule.abar)
     within(config, 1, timesteps // config.windows, "solver_steps")
     if config.chained and not config.solve_once:
@@ -284,6 +288,10 @@ def train_diffuser(config: DiffuserConfig) -> Path:
     mesh = make_mesh(config.replicas, config.fsdp, config.tensor)
     pipeline = load_pipeline(config.model, Options(config.dtype, config.dtype, attention=config.attention))
     check(config, pipeline)
+    writable_folder(config.folder, "folder")
+    program = distillation(config, pipeline)
+    # Before the data, which may take days to encode: a start that does not fit must not wait for it.
+    started = None if config.start is None else _started(config.start, config, pipeline)
     preset = {"dtype": config.dtype}
     rows = encoded_pictures(pipeline, config.data, config.cache, config.encode_batch, preset)
     if len(rows) < config.held_out + config.batch:
@@ -292,11 +300,10 @@ def train_diffuser(config: DiffuserConfig) -> Path:
         )
     if config.solve_once:
         rows = _solved(config, pipeline, rows)
-    program = distillation(config, pipeline)
     key_init, key_run = jax.random.split(jax.random.key(config.seed))
     shares = param_shardings(pipeline.unet.shapes, mesh)
     teacher = place(pipeline.params["unet"], shares)
-    first = teacher if config.start is None else place(_started(config.start, config, pipeline), shares)
+    first = teacher if started is None else place(started, shares)
     shardings = state_shardings(program.state, mesh, offload_ema=config.offload_ema)
     with jax.set_mesh(mesh):
         start = jax.jit(

@@ -75,13 +75,16 @@ def average(students: Sequence[Params]) -> Params:
 def copy_backbone(source: Path, target: Path, parts: Mapping[str, Path]) -> None:
     """Make a backbone's folder from another: its files, with some parts replaced or added.
 
+    What tells of the other's pictures (README.md, quality.npz, curves.png) is left behind.
+
     Args:
         source: in diffusers layout.
         target: replaced if it exists.
         parts: folders by their place in the target, such as `unet_student` or `decoders/meg`.
     """
     with replacing_folder(target) as temporary:
-        shutil.copytree(source, temporary, dirs_exist_ok=True)
+        other = shutil.ignore_patterns("README.md", "quality.npz", "curves.png")
+        shutil.copytree(source, temporary, ignore=other, dirs_exist_ok=True)
         for name, part in parts.items():
             shutil.rmtree(temporary / name, ignore_errors=True)
             shutil.copytree(part, temporary / name)

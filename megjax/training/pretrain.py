@@ -19,7 +19,7 @@ from megjax.data.scenes import sample_scenes
 from megjax.data.tokenizer import token_ids, vocabulary, write_tokenizer
 from megjax.diffusion import schedule
 from megjax.errors import MegError
-from megjax.files import replacing
+from megjax.files import replacing, writable_folder
 from megjax.models import (
     CLIPTextConfig,
     Network,
@@ -93,15 +93,12 @@ def pretrain(config: PretrainConfig) -> Path:
     """Train all stages, each from its newest checkpoint in `config.folder`; returns the model's folder.
 
     Raises:
-        MegError: a pool that is no multiple of 256, no such `start`, a folder that cannot be made; see `fit`
+        MegError: a pool that is no multiple of 256, no such `start`, no folder to write to; see `fit`
             and `draw_curves`.
     """
     if config.pool < 1 or config.pool % POOL_BATCH:
         raise MegError(f"pool {config.pool}: must be a positive multiple of {POOL_BATCH}")
-    try:
-        config.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MegError(f"folder {config.folder}: cannot be made ({error.strerror or error})") from None
+    writable_folder(config.folder, "folder")
     key_vae, key_pool, key_denoiser = jax.random.split(jax.random.key(config.seed), 3)
     start = None
     if config.start is None:

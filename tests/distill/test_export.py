@@ -77,7 +77,8 @@ def test_an_exported_folder_is_never_half_there(tmp_path, monkeypatch):
 
 def test_a_backbone_is_copied_with_its_new_parts(tmp_path):
     source, part = tmp_path / "source", tmp_path / "part"
-    for path in (source / "unet" / "a", source / "decoders" / "meg" / "old", part / "new"):
+    told = source / "README.md"  # of other pictures
+    for path in (source / "unet" / "a", source / "decoders" / "meg" / "old", part / "new", told):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(path.name)
     for _ in range(2):

@@ -10,7 +10,7 @@ import pytest
 from configs import distill_decoder, distill_diffuser
 from megjax import flops
 from megjax.distill.decoder_run import DecoderConfig, decoder_distillation, narrowed, train_decoder
-from megjax.distill.diffuser import DiffuserConfig, distillation
+from megjax.distill.diffuser import DiffuserConfig, distillation, train_diffuser
 from megjax.distill.encoding import STEPS
 from megjax.errors import MegError
 from megjax.models import VAEConfig, vae_decoder
@@ -81,6 +81,7 @@ def test_a_whole_way_needs_chained_windows(pipeline):
         ({"learning_rate": float("nan")}, "learning_rate nan: at least 0"),
         ({"huber": 0.0}, "huber 0.0: above 0"),
         ({"dtype": "float15"}, "dtype float15: choose from float32, bfloat16, float16"),
+        ({"attention": "foo"}, "attention foo: choose from"),
     ],
 )
 def test_settings_that_cannot_be_trained_with(pipeline, fields, message):
@@ -134,3 +135,16 @@ def test_presets_fit_together():
         assert config.data.pictures >= config.held_out + config.batch, name
     resumed = distill_diffuser.PRESETS["debug-resume"][1]
     assert dataclasses.replace(resumed, steps=2) == distill_diffuser.PRESETS["debug"][1]
+
+
+@pytest.mark.parametrize(
+    ("train", "module"), [(train_diffuser, distill_diffuser), (train_decoder, distill_decoder)]
+)
+def test_a_start_or_a_folder_that_is_not_there_is_found_before_any_data_is_read(tmp_path, train, module):
+    debug = dataclasses.replace(module.DEBUG, cache=tmp_path / "cache", folder=tmp_path / "run")
+    with pytest.raises(MegError):
+        train(dataclasses.replace(debug, start=tmp_path / "nope"))
+    (tmp_path / "file").touch()
+    with pytest.raises(MegError, match="cannot be written"):
+        train(dataclasses.replace(debug, folder=tmp_path / "file" / "run"))
+    assert not (tmp_path / "cache").exists()
