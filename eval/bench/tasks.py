@@ -113,7 +113,8 @@ def megjax_call(task: str) -> Callable[[], Any]:
     from megjax.diffusion import Conditioning, ddim, guided, schedule
     from megjax.distill.student_loss import Batch, perflow_loss
     from megjax.models import VAEConfig, unet, vae_decoder
-    from megjax.training.step import adamw, init_state, make_step
+    from megjax.training.optimizer import make_optimizer
+    from megjax.training.step import init_state, make_step
 
     x = {name: jnp.asarray(array) for name, array in arrays(task, channels_last=True).items()}
     decoder = vae_decoder(VAEConfig() if task == "decode" else TINY.vae)
@@ -134,7 +135,7 @@ def megjax_call(task: str) -> Callable[[], Any]:
             return jnp.clip(decoder(decoding, z), 0, 1)
 
         return lambda: generate(weights, decoding, x["z"], np.int32(STEPS)).block_until_ready()
-    optimizer = adamw(1e-4, 1000, warmup=10, decay=False)
+    optimizer = make_optimizer(1e-4, 1000, warmup=10, decay=False)
     loss = perflow_loss(net, sched, guidance=GUIDANCE, solver_steps=SOLVER_STEPS, text_drop=0.0)
     step = jax.jit(make_step(loss, optimizer, 0.999), donate_argnums=0)
     state, key = init_state(jax.tree.map(jnp.copy, weights), optimizer), jax.random.key(2)

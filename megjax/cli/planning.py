@@ -96,6 +96,7 @@ def _lowered(
         dtype="bfloat16",
         remat=args.remat,
         lora_rank=args.lora_rank,
+        optimizer=args.optimizer,
         moments=args.moments,
         offload_ema=args.offload_ema,
         solver_steps=args.solver_steps,

@@ -42,9 +42,10 @@ from megjax.pipeline.load import DECODERS, Pipeline, load_pipeline, read_gate
 from megjax.pipeline.split import noise_unit
 from megjax.training.logs import Report, Work, counted_work
 from megjax.training.loop import Evaluate, fit
+from megjax.training.optimizer import make_optimizer
 from megjax.training.placing import place
 from megjax.training.sharding import make_mesh, replicated, state_shardings
-from megjax.training.step import Loss, Metrics, Step, TrainState, adamw, init_state, make_step
+from megjax.training.step import Loss, Metrics, Step, TrainState, init_state, make_step
 
 Method: TypeAlias = Literal["meg", "split_finetune", "pruning", "magnitude_pruning"]
 """What happens on the air: merging, noise alone, the variational gate, or the largest scalars alone."""
@@ -152,7 +153,7 @@ def decoder_distillation(config: DecoderConfig, pipeline: Pipeline) -> Program:
     """Put the decoder's training program together; of the pipeline's parameters only the shapes are read."""
     options = Options(dtype=config.dtype, remat=config.remat)
     decoder = vae_decoder(narrowed(pipeline.vae_decoder.config, config.width), options)
-    optimizer = adamw(
+    optimizer = make_optimizer(
         config.learning_rate,
         config.steps,
         warmup=config.warmup,

@@ -36,16 +36,15 @@ from megjax.pipeline.split import condition
 from megjax.training.logs import Report, Work, counted_work
 from megjax.training.loop import Evaluate, fit
 from megjax.training.lora import init_lora, lora_loss, merge_lora
+from megjax.training.optimizer import Moments, Rule, make_optimizer
 from megjax.training.placing import place, place_key
 from megjax.training.sharding import batch_sharding, make_mesh, param_shardings, replicated, state_shardings
 from megjax.training.step import (
     Inputs,
     Loss,
     Metrics,
-    Moments,
     Step,
     TrainState,
-    adamw,
     init_state,
     make_step,
 )
@@ -80,8 +79,10 @@ class DiffuserConfig:
     clip: float = 1.0
     weight_decay: float = 0.01
     ema_decay: float = 0.9999
+    optimizer: Rule = "adamw"
+    """`adafactor` keeps the least; `muon` half of AdamW's, and learns more in a step, which takes longer."""
     moments: Moments = "float32"
-    """AdamW's moments: `float32`, the first in `bfloat16`, or Adafactor's `factored` second."""
+    """Of the optimiser's first moment."""
     offload_ema: bool = False
     """Keep the moving average in the hosts' memory."""
     kind: Parametrisation = "ddim_eps"
@@ -199,9 +200,10 @@ def distillation(config: DiffuserConfig, pipeline: Pipeline) -> Program:
     loss = distillation_loss(config, pipeline, unet(teacher.config, options))
     if config.lora_rank:
         loss = lora_loss(loss, config.lora_scale)
-    optimizer = adamw(
+    optimizer = make_optimizer(
         config.learning_rate,
         config.steps,
+        rule=config.optimizer,
         warmup=config.warmup,
         clip=config.clip,
         weight_decay=config.weight_decay,

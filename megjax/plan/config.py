@@ -46,8 +46,10 @@ class PlanConfig:
     """Compile again with twice the pictures: the largest batch is then no estimate from one compilation."""
     quick: bool = False
     """Compile with the compiler's least effort: seconds for minutes, and figures on the safe side."""
-    moments: Literal["float32", "bfloat16", "factored"] = "float32"
-    """Of the optimiser, see the trainer."""
+    optimizer: Literal["adamw", "adafactor", "muon"] = "adamw"
+    """See the trainer."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Of the optimiser's first moment."""
     offload_ema: bool = False
     """Keep the moving average in the hosts' memory."""
     json: Path | None = None

@@ -38,7 +38,8 @@ from megjax.training.curves import draw_curves
 from megjax.training.denoiser import COARSE, Captioned, Emphasis, denoiser_loss
 from megjax.training.layout import layout_loss
 from megjax.training.loop import fit
-from megjax.training.step import Loss, Metrics, TrainState, adamw, init_state, make_step
+from megjax.training.optimizer import make_optimizer
+from megjax.training.step import Loss, Metrics, TrainState, init_state, make_step
 from megjax.training.vae import autoencoder_loss, decoder_loss
 
 
@@ -144,7 +145,7 @@ def _fit_pictures(
     config: PretrainConfig, loss: Loss, params: Params, key: Key[Array, ""], steps: int, name: str
 ) -> Params:
     """Train on scenes, rendered inside the step, and crops of photographs."""
-    optimizer = adamw(config.vae_learning_rate, steps, warmup=100)
+    optimizer = make_optimizer(config.vae_learning_rate, steps, warmup=100)
     step = make_step(loss, optimizer, config.ema_decay)
 
     def step_on_scenes(state: TrainState, key: Key[Array, ""], crops: Array) -> tuple[TrainState, Metrics]:
@@ -247,7 +248,7 @@ def train_text_encoders(
         size=size,
         batch=config.layout_batch,
     )
-    optimizer = adamw(config.layout_learning_rate, config.layout_steps, warmup=100)
+    optimizer = make_optimizer(config.layout_learning_rate, config.layout_steps, warmup=100)
     trained = _fit_latents(config, loss, optimizer, params, data, key_run, config.layout_steps, "text")
     return {name: trained[name] for name in encoders}
 
@@ -325,7 +326,7 @@ def train_denoiser(
             batch=config.batch,
             emphasis=emphasis,
         )
-        optimizer = adamw(config.learning_rate, steps, warmup=200)
+        optimizer = make_optimizer(config.learning_rate, steps, warmup=200)
         return _fit_latents(config, loss, optimizer, params, data, key, steps, name)
 
     params = fit_denoiser(params, key_coarse, config.coarse_steps, COARSE, "coarse")

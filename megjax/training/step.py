@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +29,6 @@ class Inputs(NamedTuple):
     data: PyTree
     frozen: PyTree
 
-
-Moments = Literal["float32", "bfloat16", "factored"]
-"""What AdamW keeps of each parameter: both moments in float32; the first in bfloat16; or Adafactor's second,
-factored into rows and columns, and no first."""
 
 Step = Callable[["TrainState", Key[Array, ""], Any], tuple["TrainState", Metrics]]
 
@@ -143,52 +139,3 @@ def _in_parts(value_and_grad: ValueAndGrad, parts: int) -> ValueAndGrad:
         return jax.tree.map(lambda x: x / parts, total)
 
     return averaged
-
-
-def adamw(
-    learning_rate: float,
-    steps: int,
-    *,
-    warmup: int,
-    clip: float = 1.0,
-    weight_decay: float = 0.01,
-    decay: bool = True,
-    moments: Moments = "float32",
-) -> optax.GradientTransformation:
-    """AdamW(0.9, 0.999) with clipping by the global norm and linear warm-up.
-
-    `factored` is Adafactor (arXiv:1804.04235) with the same learning rate and decay, not relative to the
-    parameters' size.
-
-    Args:
-        learning_rate: after the warm-up.
-        steps: in all.
-        warmup: steps of the warm-up; 0 for none.
-        clip: the gradients' largest global norm.
-        weight_decay: of AdamW.
-        decay: let the learning rate fall to zero by a cosine, else keep it.
-        moments: what is kept of each parameter.
-
-    Raises:
-        MegError: a warm-up below 0.
-    """
-    if warmup < 0:
-        raise MegError(f"warmup {warmup}: must be at least 0")
-    if decay:
-        schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, max(steps, warmup + 1))
-    elif warmup:
-        schedule = optax.linear_schedule(0.0, learning_rate, warmup)
-    else:
-        # A linear schedule of no steps stays at its start, 0.
-        schedule = optax.constant_schedule(learning_rate)
-    if moments == "factored":
-        # Its own decay is not scaled by the learning rate, AdamW's is.
-        rule = optax.chain(
-            optax.scale_by_factored_rms(decay_rate=0.8),
-            optax.clip_by_block_rms(1.0),
-            optax.add_decayed_weights(weight_decay),
-            optax.scale_by_learning_rate(schedule),
-        )
-    else:
-        rule = optax.adamw(schedule, weight_decay=weight_decay, mu_dtype=moments)
-    return optax.chain(optax.clip_by_global_norm(clip), rule)

@@ -36,7 +36,8 @@ def presets(module, folder, backbone, **fields):
     [
         {},
         {"lora_rank": 2, "accumulate": 2},
-        {"offload_ema": True, "moments": "factored", "kind": "velocity", "windows": 2},
+        {"optimizer": "muon", "moments": "bfloat16"},
+        {"offload_ema": True, "optimizer": "adafactor", "kind": "velocity", "windows": 2},
     ],
 )
 def test_a_student_is_distilled_resumed_and_used(tmp_path, backbone, fields):

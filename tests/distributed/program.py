@@ -12,7 +12,7 @@ from pathlib import Path
 parser = argparse.ArgumentParser()
 parser.add_argument("layout", choices=["one", "data", "fsdp"])
 parser.add_argument("folder", type=Path)
-parser.add_argument("--optimizer", default="sgd", choices=["sgd", "adamw"])
+parser.add_argument("--optimizer", default="sgd", choices=["sgd", "adamw", "muon"])
 parser.add_argument("--network", default="mlp", choices=["mlp", "unet"])
 parser.add_argument("--steps", type=int, default=20)
 parser.add_argument("--processes", type=int, default=1)
@@ -34,11 +34,14 @@ import optax  # noqa: E402
 
 from megjax.data.loader import shuffled_batches  # noqa: E402
 from megjax.training.loop import fit  # noqa: E402
+from megjax.training.optimizer import make_optimizer  # noqa: E402
 from megjax.training.sharding import make_mesh, param_shardings, replicated, state_shardings  # noqa: E402
-from megjax.training.step import adamw, init_state, make_step  # noqa: E402
+from megjax.training.step import init_state, make_step  # noqa: E402
 from tests.distributed.problem import init, loss, rows  # noqa: E402
 
-optimizer = optax.sgd(0.05) if args.optimizer == "sgd" else adamw(3e-3, 1000, warmup=2)
+optimizer = (
+    optax.sgd(0.05) if args.optimizer == "sgd" else make_optimizer(3e-3, 1000, warmup=2, rule=args.optimizer)
+)
 devices = jax.devices()[:1] if args.layout == "one" else jax.devices()
 mesh = make_mesh(fsdp=len(devices) if args.layout == "fsdp" else 1, devices=devices)
 params = init(args.network)

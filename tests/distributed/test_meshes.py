@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-BOUND = {"sgd": 1e-5, "adamw": 1e-4}
+BOUND = {"sgd": 1e-5, "adamw": 1e-4, "muon": 1e-4}
 
 
 def environment(devices):
@@ -68,7 +68,7 @@ def test_all_layouts_have_the_same_losses(tmp_path, optimizer):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_all_layouts_have_the_same_losses_with_a_unet(tmp_path, optimizer):
     compare(tmp_path, optimizer, "unet", ["data", "fsdp"])
 

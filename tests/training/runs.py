@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from megjax.training.loop import fit
-from megjax.training.step import adamw, init_state, make_step
+from megjax.training.optimizer import make_optimizer
+from megjax.training.step import init_state, make_step
 
-OPTIMIZER = adamw(0.1, 1000, warmup=2)
+OPTIMIZER = make_optimizer(0.1, 1000, warmup=2)
 KEY = jax.random.key(5)
 
 

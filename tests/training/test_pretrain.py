@@ -17,7 +17,8 @@ from megjax.training import pretrain
 from megjax.training.denoiser import Captioned
 from megjax.training.layout import layout_loss
 from megjax.training.loop import fit
-from megjax.training.step import adamw, init_state, make_step
+from megjax.training.optimizer import make_optimizer
+from megjax.training.step import init_state, make_step
 from tests.small import CONFIG
 
 
@@ -97,7 +98,7 @@ def quadratic(params, key, batch):
 
 
 def test_a_resumed_run_is_the_same_run(tmp_path):
-    optimizer = adamw(0.1, 7, warmup=2)
+    optimizer = make_optimizer(0.1, 7, warmup=2)
     step = make_step(quadratic, optimizer, 0.9)
 
     def run(folder, *stops):
@@ -149,7 +150,7 @@ def test_the_layout_head_learns_a_picture_s_halves():
     # The latent's blur is +1 left and -1 right: a head that says nothing is wrong by 1, one that knows by 0.
     blank = params | {"layout": jax.tree.map(jnp.zeros_like, params["layout"])}
     np.testing.assert_allclose(loss(blank, jax.random.key(1), data)[0], 1.0, rtol=1e-5)
-    optimizer = adamw(1e-2, 60, warmup=5)
+    optimizer = make_optimizer(1e-2, 60, warmup=5)
     step = jax.jit(make_step(loss, optimizer, 0.9))
     state = init_state(params, optimizer)
     for _ in range(60):
