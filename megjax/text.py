@@ -51,13 +51,18 @@ def load_tokenizers(folder: str | Path) -> tuple[CLIPTokenizer, ...]:
 
 
 def tokenize(
-    tokenizers: Sequence[CLIPTokenizer], prompts: Sequence[str], *, allow_empty: bool = False
+    tokenizers: Sequence[CLIPTokenizer],
+    prompts: Sequence[str],
+    name: str = "prompt",
+    *,
+    allow_empty: bool = False,
 ) -> Int[np.ndarray, "encoders batch length"]:
     """Return each text encoder's token ids: start, prompt, end, then that tokenizer's padding.
 
     Args:
         tokenizers: from `load_tokenizers`.
         prompts: one a picture.
+        name: of the argument that gave them, for errors.
         allow_empty: for the unconditional prompt of classifier-free guidance.
 
     Raises `MegError` for a prompt that is empty or longer than the model reads, and for words that a small
@@ -73,11 +78,11 @@ def tokenize(
         for prompt, row in zip(prompts, rows, strict=True):
             shown = repr(prompt if len(prompt) <= 60 else f"{prompt[:60]}...")
             if len(row) == 2 and not allow_empty:
-                raise MegError(f"prompt {shown} is empty; describe the picture in 1 to {limit - 2} tokens")
+                raise MegError(f"{name} {shown} is empty; describe the picture in 1 to {limit - 2} tokens")
             if tokenizer.unk_token_id in row[1:-1]:
-                raise MegError(f"prompt {shown}: not in the vocabulary: {_unknown(tokenizer, prompt)}")
+                raise MegError(f"{name} {shown}: not in the vocabulary: {_unknown(tokenizer, prompt)}")
             if len(row) > limit:
-                raise MegError(f"prompt {shown} has {len(row) - 2} tokens; shorten it to {limit - 2} at most")
+                raise MegError(f"{name} {shown} has {len(row) - 2} tokens; shorten it to {limit - 2} at most")
         ids.append([row + [tokenizer.pad_token_id] * (limit - len(row)) for row in rows])
     return np.asarray(ids, np.int32)
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +50,23 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
         shutil.copytree(folder, temporary / "three").rename(temporary / "no" / "such")
     assert [path.name for path in (folder / "part").iterdir()] == ["two"]
     assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    with replacing_folder(folder) as temporary:
+        (temporary / "old").touch()
+    rename = Path.rename
+
+    def refuse(path, target):
+        if target == folder and "old" not in path.name:
+            raise OSError("no")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="no"), replacing_folder(folder) as temporary:
+        (temporary / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "old"]
 
 
 def test_a_folder_is_readable_by_others(tmp_path):

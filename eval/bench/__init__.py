@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import statistics
@@ -78,16 +79,19 @@ def ratios(results: list[dict], field: str) -> list[float]:
     return [a[field] / b[field] for a, b in zip(results[::2], results[1::2], strict=True)]
 
 
-def start(main: Callable[[Any], None], config: type, module: str) -> None:
-    """Run a comparison's main on the command line's settings, once its `json` can be written.
+def start(main: Callable[[Any], None], config: type, module: str, *peers: str) -> None:
+    """Run a comparison's main on the command line's settings, if its peers are there and `json` is writable.
 
     Args:
         main: the comparison.
         config: its settings.
         module: its name, as in `python -m`.
+        peers: packages that it compares with.
     """
     with one_line_errors():
         settings = tyro.cli(config, prog=f"python -m {module}")
+        if missing := [name for name in peers if importlib.util.find_spec(name) is None]:
+            raise MegError(f"{', '.join(missing)} not installed: pip install 'megjax[parity]'")
         if settings.json is not None:
             writable(settings.json, "json")
         main(settings)

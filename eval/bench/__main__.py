@@ -159,4 +159,4 @@ def rows_of(name: Name, report: dict[str, Any]) -> list[Row]:
 
 
 if __name__ == "__main__":
-    start(main, Config, "eval.bench")
+    start(main, Config, "eval.bench", "torch", "diffusers", "tomesd")

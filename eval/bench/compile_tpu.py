@@ -183,4 +183,4 @@ def shapes(config: Config, *, channels_last: bool) -> tuple:
 
 
 if __name__ == "__main__":
-    start(main, Config, "eval.bench.compile_tpu")
+    start(main, Config, "eval.bench.compile_tpu", "diffusers")

@@ -156,4 +156,4 @@ def resident_kb(field: str) -> int:
 
 
 if __name__ == "__main__":
-    start(main, Config, "eval.bench.merging")
+    start(main, Config, "eval.bench.merging", "torch", "tomesd")

@@ -234,4 +234,4 @@ def row(name: str, limits: tuple[float, float], results: list[dict[str, Any]], c
 
 
 if __name__ == "__main__":
-    start(main, Config, "eval.bench.policy")
+    start(main, Config, "eval.bench.policy", "torch")

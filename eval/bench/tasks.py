@@ -238,4 +238,4 @@ def _torch_step(net: Any, guided: Callable[..., Any], abar: Any, x: dict[str, An
 
 
 if __name__ == "__main__":
-    start(main, Config, "eval.bench.tasks")
+    start(main, Config, "eval.bench.tasks", "torch", "diffusers")

@@ -123,4 +123,4 @@ def random_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    start(main, Config, "eval.bench.unet")
+    start(main, Config, "eval.bench.unet", "torch", "diffusers")

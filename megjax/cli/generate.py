@@ -29,6 +29,7 @@ from megjax.rl.policy import act, load_policy
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
+DEFAULT_STEPS, DEFAULT_RATIO = 8, 0.4
 GRID_STEPS = (4, 6, 8, 12)
 GRID_RATIOS = (0.0, 0.2, 0.4, 0.6, 0.8)
 
@@ -47,10 +48,10 @@ class Generate:
     """Where the picture goes, as PNG."""
     model: str = "tiny"
     """`tiny`, a folder in diffusers layout, or a hub id of an SDXL model."""
-    steps: int = 8
-    """Denoising steps T."""
-    ratio: float = 0.4
-    """Merging ratio r, from 0 to 15/16; under the rules `paper` what is above 3/4 is clipped to it."""
+    steps: int | None = None
+    """Denoising steps T; 8 if not given."""
+    ratio: float | None = None
+    """Merging ratio r, from 0 to 15/16, 0.4 if not given; the rules `paper` clip what is above 3/4 to it."""
     psnr_db: float = 10.0
     """Signal-to-noise ratio of the features on the channel; inf is a perfect channel."""
     seed: int = 0
@@ -95,17 +96,25 @@ def generate_command(args: tyro.conf.OmitArgPrefixes[Generate]) -> None:
     """Generate a picture through the split and print what it cost."""
     output = png_output(args.output)
     snr = _link_snr(args)
+    chosen = [f"{name} {value}" for name in ("steps", "ratio") if (value := getattr(args, name)) is not None]
+    for chooser, given in (("policy", args.policy is not None), ("grid", args.grid)):
+        if given and chosen:
+            raise MegError(f"{', '.join(chosen)}: --{chooser} chooses steps and ratio; leave it out")
+    if args.grid and args.policy is not None:
+        raise MegError("grid: draws all steps and ratios, and --policy chooses one; leave one out")
     if args.policy is not None:
         choice = act(load_policy(args.policy), float(channel.to_db(snr)), limits=args.limits)
-        ratio = min(choice.ratio, MAX_RATIO[args.rules])
-        args = dataclasses.replace(args, steps=choice.steps, ratio=ratio)
+        steps, ratio = choice.steps, min(choice.ratio, MAX_RATIO[args.rules])
     elif args.limits is not None:
         raise MegError("limits: only a policy keeps them; give one with --policy")
+    else:
+        steps = DEFAULT_STEPS if args.steps is None else args.steps
+        ratio = DEFAULT_RATIO if args.ratio is None else args.ratio
     request = Request(
         args.prompt,
         negative_prompt=args.negative_prompt,
-        steps=args.steps,
-        ratio=args.ratio,
+        steps=steps,
+        ratio=ratio,
         psnr_db=float(psnr_from_snr(snr)) if args.tie_psnr else args.psnr_db,
         guidance=args.guidance,
         seed=args.seed,
@@ -152,13 +161,13 @@ def generate_command(args: tyro.conf.OmitArgPrefixes[Generate]) -> None:
         rate_bps = channel.rate_bps(snr)
         cost = frame_cost(
             profiles.compute(profile, work, image_to_image=start is not None, tome=bool(args.tome_ratio)),
-            int(steps_run(args.steps, args.strength if start is not None else 1.0)),
+            int(steps_run(steps, args.strength if start is not None else 1.0)),
             result.payload_bits,
             rate_bps,
             float(channel.from_db(channel.DEFAULT_LINK.tx_power_dbm - 30.0)),
         )
     save(output, Image.fromarray(to_uint8(result.image_HxWx3)))
-    Console().print(_table(args, result, cost, float(rate_bps), output))
+    Console().print(_table(request, args.profile, result, cost, float(rate_bps), output))
 
 
 def _link_snr(args: Generate) -> jax.Array:
@@ -172,8 +181,10 @@ def _link_snr(args: Generate) -> jax.Array:
     return channel.snr(args.distance_m)
 
 
-def _table(args: Generate, result: Generated, cost: FrameCost, rate_bps: float, output: Path) -> Table:
-    table = Table("", "latency", "energy", title=f"{output}: {args.steps} steps, ratio {args.ratio:g}")
+def _table(
+    request: Request, profile: str, result: Generated, cost: FrameCost, rate_bps: float, output: Path
+) -> Table:
+    table = Table("", "latency", "energy", title=f"{output}: {request.steps} steps, ratio {request.ratio:g}")
     for part, seconds, joules in (
         ("edge server", cost.latency_es_s, cost.energy_es_j),
         (f"channel, {rate_bps / 1e6:.3f} Mbit/s", cost.latency_tx_s, cost.energy_tx_j),
@@ -184,7 +195,7 @@ def _table(args: Generate, result: Generated, cost: FrameCost, rate_bps: float, 
     table.add_section()
     table.add_row("payload", f"{result.payload_bits} bits", f"{result.tokens} tokens")
     table.add_row("against the reference", f"MSE {result.mse:.5f}", f"PSNR {result.psnr_db:.2f} dB")
-    table.caption = f"latency and energy modelled: hardware profile {args.profile}, Eqs. (1)-(7)"
+    table.caption = f"latency and energy modelled: hardware profile {profile}, Eqs. (1)-(7)"
     return table
 
 

@@ -27,6 +27,9 @@ REFERENCE_STEPS = 12
 
 MAX_RATIO = {"default": 15 / 16, "paper": 1.0}
 
+MAX_ENLARGEMENT = 4
+"""A picture's side over the model's own: past it attention's memory, the fourth power, is all there is."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -118,8 +121,9 @@ def check(request: Request, pipeline: Pipeline) -> None:
     )
     for name in ("height", "width"):
         value = getattr(request, name)
-        if value is not None and (value < multiple or value % multiple):
-            raise MegError(f"{name} {value}: multiples of {multiple} pixels from {multiple} on are allowed")
+        most = MAX_ENLARGEMENT * pipeline.image_size
+        if value is not None and (not multiple <= value <= most or value % multiple):
+            raise MegError(f"{name} {value}: multiples of {multiple} pixels up to {most} are allowed")
 
 
 def generate(
@@ -225,7 +229,7 @@ def _denoiser(
     if init_image_HxWx3 is not None:
         _check_picture(init_image_HxWx3, (height, width, 3))
     ids = tokenize(pipeline.tokenizers, [request.prompt])
-    empty_ids = tokenize(pipeline.tokenizers, [request.negative_prompt], allow_empty=True)
+    empty_ids = tokenize(pipeline.tokenizers, [request.negative_prompt], "negative_prompt", allow_empty=True)
     params = pipeline.params
 
     on_stage("text encoders")

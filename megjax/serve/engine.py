@@ -96,7 +96,7 @@ def prepare(pipeline: Pipeline, request: Request, dtype: wire.WireDtype, *, chos
         _bits(pipeline, size, request.ratio, dtype)
     ids = [
         tokenize(pipeline.tokenizers, [request.prompt]),
-        tokenize(pipeline.tokenizers, [request.negative_prompt], allow_empty=True),
+        tokenize(pipeline.tokenizers, [request.negative_prompt], "negative_prompt", allow_empty=True),
     ]
     return Task(
         np.concatenate(ids, axis=1),

@@ -146,8 +146,12 @@ def _write(path: Path, shard: list[_Item], format: formats.Format, linear_projec
         return copy
 
     if format == "safetensors":
+        # safetensors lets nobody else read what it writes; a group's model is read by all of it.
+        path.touch()
+        mode = path.stat().st_mode
         # transformers asks the metadata whose layout this is.
         save_file({item.name: values(item) for item in shard}, path, metadata={"format": "pt"})
+        path.chmod(mode)
         return
     tree = unflatten_dict({tuple(item.name.split("/")): item for item in shard})
     with path.open("wb") as file:

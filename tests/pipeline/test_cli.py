@@ -89,6 +89,17 @@ def test_image_to_image_and_contact_sheet(run, tmp_path):
         (["a red circle", "-o", "nowhere/out.png"], "no folder"),
         (["a red circle", "-o", "out.jpg"], "ends in .png"),
         (["a red circle", "--model", "nowhere"], "no such folder"),
+        (["a red circle", "--height", "1000000"], "multiples of 8 pixels up to 256"),
+        (
+            ["a red circle", "--grid", "--steps", "6"],
+            "steps 6: --grid chooses steps and ratio; leave it out",
+        ),
+        (
+            ["a red circle", "--policy", "p", "--ratio", "0"],
+            "ratio 0.0: --policy chooses steps and ratio",
+        ),
+        (["a red circle", "--policy", "p", "--grid"], "--policy chooses one; leave one out"),
+        (["a red circle", "--negative-prompt", "a " * 100], "negative_prompt 'a a"),
     ],
 )
 def test_bad_values_are_one_line(run, tmp_path, args, message):

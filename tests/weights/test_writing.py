@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +38,17 @@ def test_a_save_replaces_the_one_before(tmp_path, format):
     assert (tmp_path / "model_index.json").read_text() == "mine"
     assert (tmp_path / "README.md").exists()
     assert (tmp_path / "model.fp16.safetensors.txt").exists()
+
+
+@pytest.mark.parametrize("format", ["safetensors", "msgpack"])
+def test_weights_are_readable_by_others(tmp_path, format):
+    _, params, config = component("text_encoder")
+    umask = os.umask(0o022)
+    try:
+        weights.save(tmp_path, params, config, format=format, max_shard_bytes=SHARDS)
+    finally:
+        os.umask(umask)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o644}
 
 
 @pytest.mark.parametrize("limit", [2, SHARDS, 10**9])
