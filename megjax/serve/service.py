@@ -96,6 +96,7 @@ class Service:
         """Compile everything, then serve until cancelled."""
         await asyncio.get_running_loop().run_in_executor(self._worker, self._warm)
         self.ready = True
+        log.info("ready")
         await self.batcher.run()
 
     def close(self) -> None:

@@ -92,6 +92,7 @@ def test_sigterm_loses_nothing_and_slow_heads_are_cut_off(folder):
         assert slow.recv(1) == b""
         slow.close()
     log = "".join(lines)
+    assert [line.split()[-1] for line in lines].count("ready") == 1
     assert "SIGTERM" in log
     assert "Traceback" not in log
     assert BODY["prompt"] not in log
