@@ -31,9 +31,10 @@ _TENSOR_AXIS = {
 }
 
 
-def is_stacked(path: Sequence[str]) -> bool:
-    """Whether the leaf at `path` has a leading depth axis."""
-    return any(name in STACKED and not path[i + 1].isdigit() for i, name in enumerate(path[:-1]))
+def is_stacked(path: Sequence[Any]) -> bool:
+    """Whether the leaf at `path`, strings or JAX's path entries, has a leading depth axis."""
+    names = _names(path)
+    return any(name in STACKED and not names[i + 1].isdigit() for i, name in enumerate(names[:-1]))
 
 
 def partition(

@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 from optax.contrib import MuonDimensionNumbers, muon
 
 from megjax.errors import MegError
+from megjax.models.placement import is_stacked
 
 Rule: TypeAlias = Literal["adamw", "adafactor", "muon"]
 """AdamW(0.9, 0.999); Adafactor (arXiv:1804.04235), with a second moment by rows and columns and no first; or
@@ -87,13 +88,17 @@ def make_optimizer(
 def matrices(params: PyTree) -> PyTree:
     """Which axes of each parameter Muon takes as a matrix's rows and columns; None leaves it to AdamW.
 
+    Each layer of a stack (`megjax.models.layers.stack`) is a matrix of its own.
+
     Args:
-        params: dense kernels (in, out), convolutions' (height, width, in, out), and vectors.
+        params: dense kernels (in, out), convolutions' (height, width, in, out), and vectors, each with a
+            depth axis before them if they are stacked.
     """
 
-    def axes(p: Any) -> MuonDimensionNumbers | None:
-        if p.ndim not in (2, 4) or min(p.shape[-2:]) < MIN_SIDE:
+    def axes(path: tuple[Any, ...], p: Any) -> MuonDimensionNumbers | None:
+        depth = int(is_stacked(path))
+        if p.ndim - depth not in (2, 4) or min(p.shape[-2:]) < MIN_SIDE:
             return None
-        return MuonDimensionNumbers(tuple(range(p.ndim - 1)), p.ndim - 1)
+        return MuonDimensionNumbers(tuple(range(depth, p.ndim - 1)), p.ndim - 1)
 
-    return jax.tree.map(axes, params)
+    return jax.tree_util.tree_map_with_path(axes, params)

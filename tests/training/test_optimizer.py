@@ -71,14 +71,19 @@ def test_each_rule_keeps_what_it_says_and_descends(rule, moments, size):
     assert metrics["loss"] < 0.1 * first["loss"]
 
 
+@pytest.mark.parametrize("depth", [None, 0, 1])
 @pytest.mark.parametrize("shape", [(48, 32), (3, 3, 16, 32)])
-def test_muons_update_is_the_gradients_orthogonal_factor(shape):
+def test_muons_update_is_the_gradients_orthogonal_factor(shape, depth):
     lr = 1e-3
     optimizer = make_optimizer(lr, 10, warmup=0, rule="muon", clip=1e9, weight_decay=0.0, decay=False)
-    grads = {"w": jax.random.normal(jax.random.key(0), shape)}
-    params = {"w": jnp.zeros(shape)}
+    stack = shape if depth is None else (2, *shape)
+    params = {"transformer_blocks" if len(stack) > len(shape) else "conv": {"w": jnp.zeros(stack)}}
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(0), p.shape), params)
     update, _ = optimizer.update(grads, optimizer.init(params), params)
-    g, u = (np.asarray(x["w"], np.float64).reshape(-1, shape[-1]) for x in (grads, update))
+    g, u = (
+        np.asarray(x if depth is None else x[depth], np.float64).reshape(-1, shape[-1])
+        for x in (*jax.tree.leaves(grads), *jax.tree.leaves(update))
+    )
     left, _, right = np.linalg.svd(g, full_matrices=False)
     scale = 0.2 * lr * max(g.shape) ** 0.5
     # In the gradient's own directions and no other; the iteration leaves values between 0.7 and 1.2.
@@ -98,14 +103,17 @@ def test_muon_leaves_vectors_and_narrow_layers_to_adamw():
         "table": jnp.ones((5, 6, 32)),
         "dense": jnp.ones((32, 16)),
         "kernel": jnp.ones((3, 3, 16, 32)),
+        "layers": {"norm": jnp.ones((16, 32))},  # of sixteen layers, and not a matrix
     }
     chosen = matrices(params)
+    assert chosen.pop("layers") == {"norm": None}
     assert {name for name, axes in chosen.items() if axes} == {"dense", "kernel"}
     assert (chosen["kernel"].reduction_axis, chosen["kernel"].output_axis) == ((0, 1, 2), 3)
     grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(2), p.shape), params)
     optimizer = make_optimizer(1e-3, 10, warmup=0, rule="muon", clip=1e9, decay=False)
     adamw = optax.adamw(1e-3, weight_decay=0.01, nesterov=True)
     updates, wanted = (rule.update(grads, rule.init(params), params)[0] for rule in (optimizer, adamw))
-    for name in params:
+    assert np.allclose(updates["layers"]["norm"], wanted["layers"]["norm"], rtol=1e-4)
+    for name in chosen:
         same = np.allclose(updates[name], wanted[name], rtol=1e-4)
         assert same == (name not in {"dense", "kernel"}), name
