@@ -8,6 +8,8 @@ from typing import Any
 from megjax.errors import MegError
 
 DTYPES = ("float32", "bfloat16", "float16")
+LARGEST_SEED = 2**32 - 1
+"""Of JAX's and NumPy's generators alike."""
 
 
 def within(config: Any, low: int | float, high: int | float, *names: str) -> None:
@@ -26,7 +28,7 @@ def within(config: Any, low: int | float, high: int | float, *names: str) -> Non
         given = getattr(config, name)
         for value in given if isinstance(given, tuple) else (given,):
             if value is not None and not (math.isfinite(value) and low <= value <= high):
-                allowed = f"at least {low:g}" if math.isinf(high) else f"{low:g} to {high:g}"
+                allowed = f"at least {_said(low)}" if math.isinf(high) else f"{_said(low)} to {_said(high)}"
                 raise MegError(f"{name} {given}: {allowed} is allowed")
 
 
@@ -40,6 +42,11 @@ def above(config: Any, low: int | float, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value > low):
             raise MegError(f"{name} {value}: above {low:g} is allowed")
+
+
+def _said(bound: int | float) -> str:
+    """A bound in full: `:g` would round whole numbers of more than six digits."""
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def known_dtype(dtype: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -18,16 +19,26 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a hidden path beside `path`, which takes its place once the block ends, and goes if it fails.
 
     Args:
-        path: its folder is made if there is none.
+        path: its folder is made if there is none; a symbolic link stays, and what it names is replaced.
+
+    Raises:
+        MegError: a pipe, a device or a folder in its place, or the system refuses.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}-{path.name}")
     try:
-        yield temporary
-        _to_disk(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        place = _followed(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _is_there(place, str(path))
+        temporary = _beside(place)
+        try:
+            yield temporary
+            _to_disk(temporary)
+            os.replace(temporary, place)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise MegError(
+            f"{path} cannot be written: {error.strerror or error}; mend that, or choose another place"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -37,10 +48,12 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     Killed at the worst moment, it leaves no `folder`, and old and new beside its place: never half of one.
 
     Args:
-        folder: the folder above it is made if there is none.
+        folder: the folder above it is made if there is none; a symbolic link stays, and what it names is
+            replaced.
     """
+    folder = _followed(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{uuid.uuid4().hex}-{folder.name}")
+    temporary = _beside(folder)
     old = folder.with_name(f"{temporary.name}-old")
     temporary.mkdir()
     try:
@@ -59,6 +72,29 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _followed(path: Path) -> Path:
+    """What a symbolic link names: renaming onto the link itself would take its place."""
+    return Path(os.path.realpath(path))
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name beside `path`, with as much of its own as leaves it short enough for any file system."""
+    return path.with_name(f".{uuid.uuid4().hex}-{path.name[-32:]}")
+
+
+def _is_there(place: Path, said: str) -> bool:
+    """Whether a file is there, which may be replaced; `said` begins the refusal of anything else."""
+    try:
+        mode = place.stat().st_mode
+    except FileNotFoundError:
+        return False
+    if stat.S_ISDIR(mode):
+        raise MegError(f"{said}: is a folder; choose a file")
+    if not stat.S_ISREG(mode):
+        raise MegError(f"{said}: is a pipe or a device, which would be replaced; choose a file")
+    return True
 
 
 def _to_disk(path: Path) -> None:
@@ -81,14 +117,18 @@ def writable(path: Path, name: str = "output") -> Path:
         name: of the argument that gave it.
 
     Raises:
-        MegError: no folder, no permission, or a folder in its place.
+        MegError: no folder, no permission, a name too long, or a folder, a pipe or a device in its place.
     """
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise MegError(f"{name} {path}: there is no folder {path.parent}; create it first")
-    if path.is_dir():
-        raise MegError(f"{name} {path}: is a folder; choose a file")
-    if not os.access(path if path.exists() else folder, os.W_OK):
+    try:
+        place = _followed(path)
+        if not place.parent.is_dir():
+            shown = place.parent if path.parent.is_dir() else path.parent
+            raise MegError(f"{name} {path}: there is no folder {shown}; create it first")
+        there = _is_there(place, f"{name} {path}")
+    except OSError as error:
+        raise MegError(f"{name} {path}: {error.strerror or error}; choose another file") from None
+    # The file is replaced, which is for its folder to allow.
+    if not os.access(place.parent, os.W_OK | os.X_OK) or (there and not os.access(place, os.W_OK)):
         raise MegError(f"{name} {path}: not writable; choose another file")
     return path
 

@@ -91,6 +91,77 @@ def test_places_that_cannot_be_written_are_refused(tmp_path):
             writable(tmp_path / "file")
 
 
+def test_what_is_no_file_is_refused_and_stays(tmp_path):
+    fifo = tmp_path / "pipe"
+    os.mkfifo(fifo)
+    for path in (fifo, Path("/dev/null")):
+        with pytest.raises(MegError, match="is a pipe or a device"):
+            writable(path)
+        with pytest.raises(MegError, match="is a pipe or a device"):
+            write_file(path, "text")
+    assert fifo.is_fifo()
+    with pytest.raises(MegError, match="is a folder"):
+        write_file(tmp_path, "text")
+    assert list(tmp_path.iterdir()) == [fifo]
+
+
+def test_a_link_stays_and_what_it_names_is_replaced(tmp_path):
+    (tmp_path / "there").mkdir()
+    target, link = tmp_path / "there" / "file.txt", tmp_path / "link.txt"
+    link.symlink_to(target)
+    for text in ("one", "two"):
+        assert writable(link) == link
+        write_file(link, text)
+        assert link.is_symlink()
+        assert target.read_text() == text
+    folder = tmp_path / "folder"
+    folder.symlink_to(tmp_path / "there")
+    with replacing_folder(folder) as temporary:
+        (temporary / "new").touch()
+    assert folder.is_symlink()
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["new"]
+    assert {path.name for path in tmp_path.iterdir()} == {"there", "link.txt", "folder"}
+    link.unlink()
+    link.symlink_to(tmp_path / "nowhere" / "file.txt")
+    with pytest.raises(MegError, match=r"there is no folder .*/nowhere; create it first"):
+        writable(link)
+    for one, other in (("a", "b"), ("b", "a")):
+        (tmp_path / one).symlink_to(tmp_path / other)
+    with pytest.raises(MegError, match="symbolic links"):
+        writable(tmp_path / "a")
+
+
+def test_a_file_in_a_folder_that_is_not_writable_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.touch()
+    # As for anyone but root, who may write everywhere.
+    monkeypatch.setattr(os, "access", lambda asked, mode: Path(asked) == path)
+    with pytest.raises(MegError, match="not writable"):
+        writable(path)
+
+
+@pytest.mark.parametrize("name", ["n" * 251 + ".txt", "ä" * 127])
+def test_the_longest_name_is_written(tmp_path, name):
+    write_file(writable(tmp_path / name), "text")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_names_too_long_and_a_full_disk_are_one_line(tmp_path, monkeypatch):
+    for path in (tmp_path / ("n" * 256), tmp_path / ("n" * 300) / "file"):
+        with pytest.raises(MegError, match="File name too long; choose another file"):
+            writable(path)
+        with pytest.raises(MegError, match="cannot be written: File name too long"):
+            write_file(path, "text")
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(MegError, match=r"file cannot be written: No space left on device; "):
+        write_file(tmp_path / "file", "text")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_folders_that_cannot_be_written_are_refused(tmp_path):
     assert writable_folder(tmp_path / "new" / "folder").is_dir()
     assert list((tmp_path / "new" / "folder").iterdir()) == []

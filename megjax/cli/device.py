@@ -113,7 +113,7 @@ def device_command(args: tyro.conf.OmitArgPrefixes[Device]) -> None:
         device = load_device(args.model, options, decoder=args.decoder, size=size)
         show = client.viewer(device)
         show(client.silence(device), 0, 0.0)
-        status.update(f"waiting for {args.server}")
+        status.update(escape(f"waiting for {args.server}"))
 
         async def ask() -> Answer:
             async with http:
@@ -125,7 +125,7 @@ def device_command(args: tyro.conf.OmitArgPrefixes[Device]) -> None:
                     throughput=client.recall(args.server),
                     patience_s=args.patience_s,
                     on_retry=lambda reason, wait_s: status.update(
-                        f"{reason}; again in {wait_s:.1f} s", spinner_style="yellow"
+                        escape(f"{reason}; again in {wait_s:.1f} s"), spinner_style="yellow"
                     ),
                 )
 

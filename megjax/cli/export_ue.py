@@ -61,6 +61,6 @@ def export_ue_command(args: tyro.conf.OmitArgPrefixes[ExportUe]) -> None:
     if error is not None:
         console.print(f"int8 weights change its pictures by an MSE of {error:.2e}", highlight=False)
     size_mb, where = len(artifact) / 1e6, ", ".join(args.platforms)
-    console.print(f"{args.output}: {size_mb:.1f} MB for {where}; reads", highlight=False)
+    console.print(f"{args.output}: {size_mb:.1f} MB for {where}; reads", highlight=False, markup=False)
     for name, shape in carried_shapes(token_grid(device), 4 * device.decoder.config.latent_channels).items():
         console.print(f"  {name}: {shape.dtype}{list(shape.shape)}", highlight=False, markup=False)

@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from megjax.cli.output import engineering, png_output, save, to_uint8
+from megjax.data.pictures import upright_rgb
 from megjax.errors import MegError
 from megjax.link import channel, profiles
 from megjax.link.cost import FrameCost, frame_cost
@@ -153,7 +155,7 @@ def generate_command(args: tyro.conf.OmitArgPrefixes[Generate]) -> None:
                 results.append(result)
                 progress.advance(task)
             save(output, _contact_sheet(requests, results))
-            progress.console.print(f"{output}: {len(requests)} pictures", highlight=False)
+            progress.console.print(f"{output}: {len(requests)} pictures", highlight=False, markup=False)
             return
         result = generate(pipeline, request, start, on_stage=stage)
         stage("counting FLOPs")
@@ -184,7 +186,8 @@ def _link_snr(args: Generate) -> jax.Array:
 def _table(
     request: Request, profile: str, result: Generated, cost: FrameCost, rate_bps: float, output: Path
 ) -> Table:
-    table = Table("", "latency", "energy", title=f"{output}: {request.steps} steps, ratio {request.ratio:g}")
+    title = f"{output}: {request.steps} steps, ratio {request.ratio:g}"
+    table = Table("", "latency", "energy", title=escape(title))
     for part, seconds, joules in (
         ("edge server", cost.latency_es_s, cost.energy_es_j),
         (f"channel, {rate_bps / 1e6:.3f} Mbit/s", cost.latency_tx_s, cost.energy_tx_j),
@@ -195,7 +198,7 @@ def _table(
     table.add_section()
     table.add_row("payload", f"{result.payload_bits} bits", f"{result.tokens} tokens")
     table.add_row("against the reference", f"MSE {result.mse:.5f}", f"PSNR {result.psnr_db:.2f} dB")
-    table.caption = f"latency and energy modelled: hardware profile {profile}, Eqs. (1)-(7)"
+    table.caption = escape(f"latency and energy modelled: hardware profile {profile}, Eqs. (1)-(7)")
     return table
 
 
@@ -226,7 +229,7 @@ def _read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
     """Read a picture, cropped to the aspect of `size` (height, width) and resized to it; in [0, 1]."""
     try:
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGB")
+            picture = upright_rgb(file)
     except FileNotFoundError:
         raise MegError(f"init-image {path}: no such file") from None
     # Pillow's decoders raise SyntaxError and ValueError for broken files too.

@@ -38,5 +38,7 @@ def engineering(value: float, unit: str) -> str:
     """Write a number in three digits with a prefix from n to k."""
     if value == 0:
         return f"0 {unit}"
+    if not math.isfinite(value):
+        return f"{value} {unit}"
     thousand = min(max(math.floor(math.log10(abs(value)) / 3), -3), 1)
     return f"{value / 1000.0**thousand:.3g} {['n', 'µ', 'm', '', 'k'][thousand + 3]}{unit}"

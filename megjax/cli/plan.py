@@ -19,6 +19,9 @@ def plan_command(args: tyro.conf.OmitArgPrefixes[PlanConfig]) -> None:
     for name in ("images", "accumulate", "steps", "solver_steps"):
         if getattr(args, name) < 1:
             raise MegError(f"{name} {getattr(args, name)}: at least 1 is needed")
+    for name in ("replicas", "fsdp", "tensor"):
+        if getattr(args, name) < 1 and getattr(args, name) != -1:
+            raise MegError(f"{name} {getattr(args, name)}: at least 1, or -1 for the devices that are left")
     if args.json is not None:
         writable(args.json, "json")
     # Trainers and their libraries take seconds to import, which other commands need not wait for.

@@ -31,6 +31,7 @@ from megjax.plan.programs import (
     lower_training,
 )
 from megjax.plan.report import Report, advice, compile_report, largest_images
+from megjax.training.sharding import make_mesh
 
 TITLES = {"train": "distillation step", "sample": "sampling, {} guided steps", "decode": "decoding"}
 
@@ -89,9 +90,10 @@ def _lowered(
         return lower_sampling(pipeline, devices[0], batch=images, steps=args.steps)
     if name == "decode":
         return lower_decoding(pipeline, devices[0], batch=images)
+    mesh = make_mesh(args.replicas, args.fsdp, args.tensor, devices)
     config = DiffuserConfig(
         model=args.backbone,
-        batch=images * len(devices) // args.tensor,
+        batch=images * mesh.shape["data"] * mesh.shape["fsdp"],
         accumulate=args.accumulate,
         dtype="bfloat16",
         remat=args.remat,

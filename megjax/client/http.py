@@ -8,6 +8,7 @@ import email.utils
 import itertools
 import json
 import math
+import os
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -108,7 +109,8 @@ def connect(
         transport: in place of the network.
 
     Raises:
-        MegError: not such an address, or a token that no header can carry.
+        MegError: not such an address, a token that no header can carry, or a proxy or certificates of the
+            environment that cannot be used.
     """
     try:
         url = httpx.URL(server)
@@ -116,19 +118,29 @@ def connect(
         raise MegError(f"server {server!r}: {error}") from None
     if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query or url.fragment:
         raise MegError(f"server {server!r}: give http://HOST:PORT or https://HOST, without a user's name")
+    if url.port is not None and not 1 <= url.port <= 65535:
+        raise MegError(f"server {server!r}: ports from 1 to 65535 are allowed")
     headers = {"Accept": MEDIA_TYPE, "Accept-Encoding": "identity"}
     if token is not None:
         if not token or not all("!" <= c <= "~" for c in token):
             raise MegError("token: visible ASCII characters are allowed, no blanks, at least one")
         headers["Authorization"] = f"Bearer {token}"
-    # A local proxy has nothing to do with a server on this machine, hence `trust_env` off there.
-    return httpx.AsyncClient(
-        base_url=url,
-        headers=headers,
-        timeout=httpx.Timeout(120.0, connect=5.0),
-        transport=transport,
-        trust_env=url.host not in LOOPBACK,
-    )
+    try:
+        # A local proxy has nothing to do with a server on this machine, hence `trust_env` off there.
+        return httpx.AsyncClient(
+            base_url=url,
+            headers=headers,
+            timeout=httpx.Timeout(120.0, connect=5.0),
+            transport=transport,
+            trust_env=url.host not in LOOPBACK,
+        )
+    except (ImportError, httpx.InvalidURL, ValueError) as error:
+        # Without its address, which may hold a password.
+        reason = printable(str(error)).rstrip(".")
+        raise MegError(f"proxy: {reason}; mend ALL_PROXY, HTTP_PROXY or HTTPS_PROXY, or unset them") from None
+    except OSError as error:
+        file = os.environ.get("SSL_CERT_FILE")
+        raise MegError(f"SSL_CERT_FILE {file}: {printable(str(error))}; mend it, or unset it") from None
 
 
 async def fetch(
@@ -213,9 +225,19 @@ async def _once(
         raise _Again(f"cannot get a message from {http.base_url}: {reason}") from None
     except httpx.HTTPError as error:
         raise MegError(f"server {http.base_url}: {printable(str(error))}") from None
+    except (OverflowError, ExceptionGroup) as error:
+        # A proxy's port is looked at by the socket alone.
+        raise MegError(f"cannot reach {http.base_url}: {_cause(error)}") from None
     _check(message, result, request)
     known = observed(throughput, bits, seconds)
     return Answer(message, result, known, tries, retry_s, answered - asked, done - answered)
+
+
+def _cause(error: BaseException) -> str:
+    """What an error says, of a group its first."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return printable(str(error)) or type(error).__name__
 
 
 def _body(request: PictureRequest, channel: Channel | None, throughput: Throughput) -> bytes:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megjax.client.channel import Throughput
+from megjax.errors import MegError
 from megjax.files import write_file
 
 LASTS_S = 600.0
@@ -55,7 +56,7 @@ def remember(server: str, known: Throughput, now_s: float | None = None) -> None
     }
     entries[server] = {"bits": known.bits, "seconds": known.seconds, "at_s": now_s}
     path = _path()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(MegError):
         write_file(path, json.dumps(entries))
 
 

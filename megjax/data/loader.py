@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,7 +24,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from megjax.checks import within
 from megjax.data.grammar import captions
+from megjax.data.pictures import upright_rgb
 from megjax.data.render import render
 from megjax.data.scenes import sample_scenes
 from megjax.errors import MegError
@@ -100,8 +103,9 @@ def open_pictures(config: DataConfig, size: int) -> Pictures:
         size: of the pictures; pixels a side.
 
     Raises:
-        MegError: no such folder or data set, no pictures in it, or a count that is missing.
+        MegError: no such folder or data set, no pictures in it, or a count that is missing or negative.
     """
+    within(config, 0, math.inf, "pictures")
     if config.source != SCENES and not config.source.startswith(HUB):
         return _folder(config, Path(config.source).expanduser(), size)
     if config.pictures < 1:
@@ -138,12 +142,15 @@ def _scenes(config: DataConfig, size: int) -> Read:
 def _folder(config: DataConfig, folder: Path, size: int) -> Pictures:
     path = folder / "metadata.jsonl"
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # `splitlines` would also cut at the separators U+2028 and U+0085, which JSON allows in a caption.
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except OSError as error:
         raise MegError(
             f"{path}: cannot be read ({error.strerror}); a folder of pictures needs a line of JSON for each, "
             f'{{"file_name": "a.png", "{config.caption}": "a cat"}}'
         ) from None
+    except UnicodeDecodeError as error:
+        raise MegError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     lines = lines[: config.pictures or None]
     if not lines:
         raise MegError(f"{path}: names no pictures")
@@ -151,10 +158,10 @@ def _folder(config: DataConfig, folder: Path, size: int) -> Pictures:
     def one(i: int) -> Example | Broken:
         try:
             entry = json.loads(lines[i])
-            name, caption = entry["file_name"], entry.get(config.caption)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            picture, caption = folder / entry["file_name"], entry.get(config.caption)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return Broken(f"{path.name}, entry {i + 1}", "no JSON with a file_name")
-        return _example(str(folder / name), lambda: (folder / name).read_bytes(), caption, size)
+        return _example(str(picture), picture.read_bytes, caption, size)
 
     return Pictures(len(lines), _threaded(one))
 
@@ -247,7 +254,7 @@ def decode_picture(contents: bytes, size: int) -> UInt8[np.ndarray, "S S 3"]:
     Raises:
         OSError: not a whole picture.
     """
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(contents))).convert("RGB")
+    image = upright_rgb(Image.open(io.BytesIO(contents)))
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
 

@@ -138,3 +138,7 @@ def test_measurements_outlive_the_process_for_ten_minutes(tmp_path, monkeypatch)
     remember("http://a", Throughput(1e6, 2.0), now_s=1500.0)
     assert recall("http://a", now_s=1500.0).rate_bps == 5e5
     assert [path.name for path in (tmp_path / "megjax").iterdir()] == ["links.json"]
+    # Where nothing can be written, nothing is kept.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "megjax" / "links.json"))
+    remember("http://a", Throughput(1e6, 2.0), now_s=1500.0)
+    assert recall("http://a", now_s=1500.0).rate_bps is None

@@ -122,6 +122,8 @@ def test_the_token_comes_from_the_command_line_or_the_environment(run, monkeypat
         (["-o", "out.jpg"], "ends in .png"),
         (["-o", "nowhere/out.png"], "no folder"),
         (["--server", "ftp://here"], "http://HOST:PORT"),
+        (["--server", "http://127.0.0.1:99999"], "ports from 1 to 65535"),
+        (["--server", "http://127.0.0.1:-1"], "ports from 1 to 65535"),
         (["--token", "a b"], "no blanks"),
         (["--limits", "3", "1.8", "--steps", "4"], "the policy chooses"),
         (["--distance-m", "100"], "add --emulate paper"),
@@ -151,6 +153,22 @@ def test_a_server_that_is_not_there_is_one_line(run, monkeypatch, tmp_path):
     assert "cannot get a message from http://127.0.0.1:9" in err
     assert len(err.strip().splitlines()) == 1
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_servers_words_are_printed_as_they_are(run, monkeypatch):
+    async def said():
+        yield b'{"error": "[/b]"}'
+
+    def busy(request):
+        return httpx.Response(503, headers={"Retry-After": "0"}, content=said())
+
+    def local(server, token):
+        return connect(server, token, transport=httpx.MockTransport(busy))
+
+    monkeypatch.setattr(client, "connect", local)
+    code, _, err, _ = run("a red circle", "--patience-s", "0.2")
+    assert code == 2
+    assert "the server is not ready (503): [/b]; tried" in err
 
 
 def test_a_missing_extra_is_told(run, monkeypatch):

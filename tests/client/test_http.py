@@ -4,6 +4,8 @@ import asyncio
 import dataclasses
 import json
 import math
+import re
+import sys
 
 import httpx
 import pytest
@@ -57,6 +59,40 @@ def refusal(*answers, **options):
 
 def error(status, text="no", **headers):
     return status, headers, json.dumps({"error": text}).encode()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("all_proxy", "ftp://proxy", "proxy: Unknown scheme"),
+        ("all_proxy", "::", "proxy: Invalid port"),
+        ("SSL_CERT_FILE", "/no/such/file", "SSL_CERT_FILE /no/such/file: "),
+        ("SSL_CERT_FILE", __file__, f"SSL_CERT_FILE {__file__}: "),
+    ],
+)
+def test_a_proxy_or_certificates_that_cannot_be_used_are_one_line(monkeypatch, variable, value, message):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(MegError, match=re.escape(message)) as caught:
+        connect("https://edge")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_socks_proxy_without_its_library_is_one_line(monkeypatch):
+    monkeypatch.setenv("all_proxy", "socks5://localhost:1080")
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    with pytest.raises(MegError, match=r"proxy: .*socksio.*; mend ALL_PROXY"):
+        connect("http://edge")
+
+
+def test_a_proxys_port_that_is_none_is_one_line(monkeypatch):
+    monkeypatch.setenv("all_proxy", "http://127.0.0.1:99999")
+
+    async def run():
+        async with connect("http://edge") as http:
+            await fetch(http, REQUEST, most_bytes=4000)
+
+    with pytest.raises(MegError, match=r"cannot reach http://edge: .*port"):
+        asyncio.run(run())
 
 
 def test_asks_for_a_message_and_gets_it(message, answer):

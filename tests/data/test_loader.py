@@ -10,6 +10,7 @@ from PIL import Image
 
 from megjax.data import loader
 from megjax.data.loader import Broken, DataConfig, Example, data_key, open_pictures, shuffled_batches
+from megjax.data.pictures import upright_rgb
 from megjax.errors import MegError
 
 
@@ -31,6 +32,7 @@ def folder(tmp_path):
         {"file_name": "0.png", "text": "  "},
         {"file_name": "absent.png", "text": "absent"},
         {"text": "no file"},
+        {"file_name": 3, "text": "no name"},
     ]
     lines = [json.dumps(entry) for entry in entries] + ["{no json"]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines) + "\n")
@@ -39,8 +41,8 @@ def folder(tmp_path):
 
 def test_a_folder_is_read_in_order_with_what_is_broken_named(folder):
     pictures = open_pictures(DataConfig(source=str(folder)), 8)
-    assert pictures.count == 8
-    found = pictures.read(0, 8)
+    assert pictures.count == 9
+    found = pictures.read(0, 9)
     whole, broken = found[:3], found[3:]
     assert [example.caption for example in whole] == ["colour 0", "colour 1", "colour 2"]
     for channel, example in enumerate(whole):
@@ -55,6 +57,7 @@ def test_a_folder_is_read_in_order_with_what_is_broken_named(folder):
             ("absent.png", "FileNotFoundError"),
             ("entry 7", "no JSON"),
             ("entry 8", "no JSON"),
+            ("entry 9", "no JSON"),
         ],
         strict=True,
     ):
@@ -62,6 +65,27 @@ def test_a_folder_is_read_in_order_with_what_is_broken_named(folder):
         assert reason in example.reason
     assert pictures.read(1, 2)[0].caption == "colour 1"
     assert open_pictures(DataConfig(source=str(folder), pictures=2), 8).count == 2
+
+
+def test_any_caption_and_a_byte_order_mark_are_read(tmp_path):
+    (tmp_path / "a.png").write_bytes(png((9, 9, 9)))
+    texts = ["one\u2028two", "next\u0085line"]
+    lines = [json.dumps({"file_name": "a.png", "text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "metadata.jsonl").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    pictures = open_pictures(DataConfig(source=str(tmp_path)), 8)
+    assert [example.caption for example in pictures.read(0, pictures.count)] == texts
+
+
+@pytest.mark.parametrize("file", ["PNG", "TIFF"])
+def test_greys_of_16_bits_are_scaled(file):
+    grey = np.array([[0, 257], [1000, 65535]], np.uint16)
+    contents = io.BytesIO()
+    Image.fromarray(grey).save(contents, format=file)
+    found = loader.decode_picture(contents.getvalue(), 2)
+    np.testing.assert_array_equal(found, np.repeat([[[0], [1]], [[4], [255]]], 3, axis=2))
+    wide = Image.fromarray(grey.astype(np.int32))
+    assert wide.mode == "I"
+    np.testing.assert_array_equal(np.asarray(upright_rgb(wide)), found)
 
 
 def test_the_middle_square_is_upright():
@@ -139,6 +163,12 @@ def test_what_cannot_be_opened_is_said(tmp_path):
         open_pictures(DataConfig(source=str(tmp_path)), 8)
     with pytest.raises(MegError, match="say how many"):
         open_pictures(DataConfig(), 8)
+    with pytest.raises(MegError, match="pictures -2: at least 0"):
+        open_pictures(DataConfig(source=str(tmp_path), pictures=-2), 8)
+    for encoding in ("latin-1", "utf-16"):
+        (tmp_path / "metadata.jsonl").write_text('{"text": "ä"}\n', encoding=encoding)
+        with pytest.raises(MegError, match=r"metadata\.jsonl: not UTF-8 \(byte \d+\); save it as UTF-8"):
+            open_pictures(DataConfig(source=str(tmp_path)), 8)
 
 
 def test_a_changed_list_of_pictures_is_another_key(folder):
