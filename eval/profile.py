@@ -54,7 +54,7 @@ def main(config: Config) -> None:
     points_path = writable(writable(config.out, "out").with_suffix(".points.json"), "out")
     other = profiles.load("a40", config.device)
     assert isinstance(other, profiles.Profile)
-    meter = energy_meter()
+    meter = energy_meter() if config.power_w is None else None
     if meter is None and config.power_w is None:
         raise MegError(
             "no NVML or RAPL energy counter can be read here: give --power-w, the power under load"

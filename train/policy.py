@@ -7,6 +7,7 @@ import tyro
 from configs.policy import PRESETS
 from megjax.compilation import keep_compilations
 from megjax.errors import one_line_errors
+from megjax.files import writable_folder
 from megjax.rl.training import PolicyRunConfig, train_policies
 
 
@@ -14,6 +15,7 @@ def main(config: PolicyRunConfig) -> None:
     """Train, then print what each policy is worth against its optimum."""
     keep_compilations()
     with one_line_errors():
+        writable_folder(config.folder, "folder")
         results = train_policies(config)
     for result in results:
         worth = result["deterministic"]

@@ -5,13 +5,14 @@
     python -m eval.bench.policy bars     # final policies over fresh seeds against the optimum
 
 Run it pinned: `OMP_NUM_THREADS=1 XLA_FLAGS=--xla_cpu_multi_thread_eigen=false taskset -c 1 python -m ...`.
-Times are in processor seconds, which other load disturbs less than the clock. `env` needs gymnasium, `update`
-torch.
+Times are in processor seconds, which other load disturbs less than the clock. `env` needs gymnasium (extra
+`rl`), `update` torch (extra `parity`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import statistics
 from pathlib import Path
@@ -24,6 +25,7 @@ import tyro
 
 from configs.policy import CONDITIONED, DEFAULT, PAPER, PPO, PPO_PLAIN
 from eval.bench import save, start, timed
+from megjax.errors import MegError
 from megjax.rl.cvpo import CvpoConfig, make_cvpo
 from megjax.rl.env import REFERENCE, make_env
 from megjax.rl.optimum import best_constant
@@ -37,6 +39,9 @@ PRESETS = {
     "ppo": PPO,
     "ppo-plain": PPO_PLAIN,
 }
+
+PEERS = {"env": ("gymnasium", "rl"), "update": ("torch", "parity")}
+"""The package that a comparison needs, and the extra that has it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +60,14 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Run the comparison that is asked for."""
+    """Run the comparison that is asked for.
+
+    Raises:
+        MegError: its peer is not installed.
+    """
+    package, extra = PEERS.get(config.what, (None, None))
+    if package and importlib.util.find_spec(package) is None:
+        raise MegError(f"{package} not installed: pip install 'megjax[{extra}]'")
     found = {"env": env_speed, "update": update_cost, "bars": bars}[config.what](config)
     print(json.dumps(found))
     save(config.json, found)
@@ -234,4 +246,4 @@ def row(name: str, limits: tuple[float, float], results: list[dict[str, Any]], c
 
 
 if __name__ == "__main__":
-    start(main, Config, "eval.bench.policy", "torch")
+    start(main, Config, "eval.bench.policy")

@@ -19,7 +19,7 @@ from megjax.client import largest_message_bytes
 from megjax.errors import one_line_errors
 from megjax.files import writable_folder
 from megjax.pipeline import load_pipeline
-from megjax.pipeline.device import Device
+from megjax.pipeline.device import device_of
 
 
 def main(config: Config) -> bool:
@@ -29,7 +29,7 @@ def main(config: Config) -> bool:
     asked = requests(config)
     pipeline = load_pipeline(config.model)
     size = pipeline.image_size, pipeline.image_size
-    most_bytes = largest_message_bytes(Device(pipeline.vae_decoder, pipeline.device_decoder, size))
+    most_bytes = largest_message_bytes(device_of(pipeline, size))
     with serving(config) as address:
         print(f"{config.requests} requests from {config.clients} clients to {address}", file=sys.stderr)
         outcomes, samples, took_s = asyncio.run(drive(config, address, asked, most_bytes))

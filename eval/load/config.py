@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import math
 from pathlib import Path
 
 import httpx
 
+from megjax.checks import within
 from megjax.errors import MegError
 
 
@@ -57,6 +59,10 @@ class Config:
             raise MegError(f"steps {self.steps}: give the fewest and the most")
         if not 0 < self.most_s <= 86400:
             raise MegError(f"most_s {self.most_s}: above 0, up to a day is allowed")
+        within(self, 0, math.inf, "patience_s")
+        within(self, -100, 200, "psnr_db")
+        if not 0 <= self.seed < 2**32:
+            raise MegError(f"seed {self.seed}: from 0 to {2**32 - 1} are allowed")
         if self.server is not None and not _here(self.server):
             raise MegError(f"server {self.server!r}: a load test runs against this machine alone, 127.0.0.1")
 

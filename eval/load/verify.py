@@ -13,7 +13,7 @@ from eval.load.drive import Outcome
 from megjax.client import PictureRequest, viewer
 from megjax.errors import MegError
 from megjax.pipeline import Pipeline, Request
-from megjax.pipeline.device import Device
+from megjax.pipeline.device import device_of
 from megjax.serve.engine import Task, messages, prepare
 
 CLOSE = 2
@@ -34,7 +34,7 @@ def verify(
         outcomes: from `drive`.
     """
     size = pipeline.image_size, pipeline.image_size
-    show = viewer(Device(pipeline.vae_decoder, pipeline.device_decoder, size))
+    show = viewer(device_of(pipeline, size))
     tasks = [_task(pipeline, request) for request in asked]
     wanted: dict[int, set[int]] = defaultdict(set)
     for outcome in outcomes:

@@ -1,14 +1,17 @@
-"""The downlink: path loss, shadowing, block fading, its correlation in time, Shannon's rate (section 2)."""
+"""The downlink: path loss, shadowing, block fading, its correlation in time, Shannon's rate, Eq. (4)."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+import math
+from typing import Any, Literal, TypeAlias, get_args
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Complex, Float, PRNGKeyArray, Shaped
+
+from megjax.errors import MegError
 
 Fading: TypeAlias = Literal["none", "rayleigh", "rician"]
 """Small-scale fading: none is |h|^2 = 1 (the authors'), Rayleigh Exp(1), Rician has a line of sight."""
@@ -21,7 +24,7 @@ Leaf: TypeAlias = Any
 
 @flax.struct.dataclass
 class LinkParams:
-    """The link's parameters (spec section 2). Every number is a leaf, so it may be traced or vmapped."""
+    """The link's parameters. Every number is a leaf, so it may be traced or vmapped."""
 
     bandwidth_hz: Leaf = 1e6
     tx_power_dbm: Leaf = 30.0
@@ -43,6 +46,10 @@ class LinkParams:
     """Time between two frames."""
     fading: Fading = flax.struct.field(pytree_node=False, default="none")
 
+    def __post_init__(self) -> None:
+        if self.fading not in get_args(Fading):
+            raise MegError(f"fading {self.fading!r}: choose from {', '.join(get_args(Fading))}")
+
 
 DEFAULT_LINK = LinkParams()
 
@@ -50,7 +57,7 @@ _NEPERS_PER_DB = np.log(10.0).item() / 10.0
 
 
 def path_loss_db(distance_m: Real, params: LinkParams = DEFAULT_LINK) -> Float[Array, "*b"]:
-    """Return the path loss 35.3 + 37.6 log10(d / m) in dB (spec section 2)."""
+    """Return the path loss 35.3 + 37.6 log10(d / m) in dB."""
     return params.path_loss_intercept_db + params.path_loss_slope_db * jnp.log10(distance_m)
 
 
@@ -74,7 +81,9 @@ def snr(
 
 def rate_bps(snr: Real, params: LinkParams = DEFAULT_LINK) -> Float[Array, "*shape"]:
     """Return the rate B log2(1 + snr / gap) of Eq. (4) in bit/s, `snr` linear."""
-    return params.bandwidth_hz * jnp.log2(1.0 + jnp.asarray(snr) / from_db(params.snr_gap_db))
+    # At a weak signal 1 + snr would round to 1, and the rate to 0.
+    nats = jnp.log1p(jnp.asarray(snr) / from_db(params.snr_gap_db))
+    return params.bandwidth_hz * nats / math.log(2.0)
 
 
 def sample_distance_m(

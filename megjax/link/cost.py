@@ -11,7 +11,7 @@ Real: TypeAlias = float | int | Shaped[Array, "..."]
 
 
 class Workload(NamedTuple):
-    """FLOPs of one image; the defaults are SDXL's at 1024 x 1024 with ToMe 0.5 (spec section 2)."""
+    """FLOPs of one image; the defaults are SDXL's at 1024 x 1024 with ToMe 0.5."""
 
     text_encoder_flops: Real = 0.11e12
     vae_encoder_flops: Real = 4.9e12

@@ -1,4 +1,4 @@
-"""How many tokens merge: the one rule of sender, receiver and latency model (spec section 5, Eq. (16))."""
+"""How many tokens merge: the one rule of sender, receiver and latency model, Eq. (16)."""
 
 from __future__ import annotations
 

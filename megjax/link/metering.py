@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from megjax.errors import MegError
+
 EnergyMeter = Callable[[], float]
 """-> joules since some fixed moment."""
 
 _RAPL = Path("/sys/class/powercap")
+_METERED_S = 2.0
+"""Least time between two readings: some counters move ten times a second."""
 
 
 class Line(NamedTuple):
@@ -49,17 +54,25 @@ def measure(
     Args:
         call: runs it and returns its arrays.
         flops: what it computes.
-        calls: timed calls, of which the median counts.
+        calls: timed calls, of which the median counts; with a meter more, until two seconds have passed.
         meter: read around all of them.
+
+    Raises:
+        MegError: the meter did not move.
     """
     jax.block_until_ready(call())
     before = meter() if meter else 0.0
-    seconds = []
-    for _ in range(calls):
+    seconds, begun = [], time.perf_counter()
+    while len(seconds) < calls or (meter and time.perf_counter() - begun < _METERED_S):
         start = time.perf_counter()
         jax.block_until_ready(call())
         seconds.append(time.perf_counter() - start)
-    joules = (meter() - before) / calls if meter else None
+    joules = (meter() - before) / len(seconds) if meter else None
+    if joules is not None and not joules > 0:
+        raise MegError(
+            f"energy {joules:g} J a call: the machine's counter stands still; "
+            "give the power under load instead (--power-w)"
+        )
     return Measurement(flops, float(np.median(seconds)), joules)
 
 
@@ -77,7 +90,12 @@ def _nvml() -> tuple[str, EnergyMeter] | None:
         import pynvml  # an extra: only GPU energies need it
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        # NVML counts every GPU of the machine, JAX those that CUDA is shown: its first is the first of them.
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+        if first.startswith(("GPU-", "MIG-")):
+            handle = pynvml.nvmlDeviceGetHandleByUUID(first)
+        else:
+            handle = pynvml.nvmlDeviceGetHandleByIndex(int(first))
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except Exception:  # no library, no driver or a GPU without the counter: NVML has an error class for each
         return None
@@ -85,9 +103,11 @@ def _nvml() -> tuple[str, EnergyMeter] | None:
 
 
 def _rapl() -> tuple[str, EnergyMeter] | None:
-    packages = sorted(_RAPL.glob("*-rapl:[0-9]*"))
-    counters = [p / "energy_uj" for p in packages if p.name.count(":") == 1]
+    zones = [p for p in sorted(_RAPL.glob("*-rapl:[0-9]*")) if p.name.count(":") == 1]
     try:
+        # Beside the packages there may be one of the whole platform, which holds them too.
+        packages = [zone for zone in zones if (zone / "name").read_text().strip() != "psys"]
+        counters = [package / "energy_uj" for package in packages]
         first = [int(counter.read_text()) for counter in counters]
         ranges = [int((counter.parent / "max_energy_range_uj").read_text()) for counter in counters]
     except (OSError, ValueError):

@@ -168,5 +168,5 @@ def _read(path: Path) -> AnyProfile:
             return StepProfile(**fields)
         server, device = (Machine(**fields.pop(end)) for end in ("server", "device"))
         return Profile(server=server, device=device, **fields)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise MegError(f"{path} is not a hardware profile: {error}") from error

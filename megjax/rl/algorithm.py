@@ -79,6 +79,9 @@ def check_settings(config: Any) -> None:
         raise MegError("hidden (): give the width of at least one layer")
     if config.greedy_envs >= config.envs:
         raise MegError(f"greedy_envs {config.greedy_envs}: from 0 to below envs, {config.envs}, are allowed")
+    # It also bounds the temperature that the particles' weights are divided by.
+    if getattr(config, "dual_solver", None) == "gradient" and config.dual_max == 0:
+        raise MegError("dual_max 0: must be above 0 under dual_solver gradient")
     for path, value in jax.tree.leaves_with_path(dataclasses.asdict(config)):
         name = [step.key for step in path if isinstance(step, jax.tree_util.DictKey)][-1]
         _, allows, text = next((rule for rule in _ALLOWED if name in rule[0]), _REST)

@@ -46,7 +46,7 @@ Threshold: TypeAlias = Literal["advantage", "value"]
 
 @dataclasses.dataclass(frozen=True)
 class CvpoConfig:
-    """MEG-CVPO's hyper-parameters (spec section 8)."""
+    """MEG-CVPO's hyper-parameters."""
 
     groups: int = 1
     """Groups of environment copies, each with limits of its own."""

@@ -87,7 +87,7 @@ class Env(NamedTuple):
 
 
 def denoising_steps(action: Float[Array, "*b"], params: EnvParams) -> Float[Array, "*b"]:
-    """Return T_n = T_min + floor((T_max - T_min + 1) a_0), capped at T_max (spec section 7)."""
+    """Return T_n = T_min + floor((T_max - T_min + 1) a_0), capped at T_max."""
     steps = params.min_steps + jnp.floor((params.max_steps - params.min_steps + 1) * action)
     return jnp.minimum(steps, params.max_steps)
 

@@ -56,7 +56,11 @@ class MegEnv(gymnasium.Env):
 
 
 class MegVectorEnv(gymnasium.vector.VectorEnv):
-    """Many environments as one compiled step, resetting in the step that ends an episode."""
+    """Many environments as one compiled step, resetting in the step that ends an episode.
+
+    `info` is laid out as gymnasium's own, an array over the copies and under `_name` whose entries count;
+    `cost` and the rest hold the frame of every copy, ended or not.
+    """
 
     metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
 
@@ -99,15 +103,28 @@ class MegVectorEnv(gymnasium.vector.VectorEnv):
             key, self._state, np.asarray(actions, np.float32)
         )
         info = {name: np.asarray(value) for name, value in info.items()}
-        info["cost"] = self._cost_of(info["cost"])
+        info["cost"] = np.asarray(self._cost_of(info["cost"]))
         final = info.pop("final_observation")
         ended = np.asarray(terminated | truncated)
+        infos: dict[str, Any] = _masked(info, np.ones(self.num_envs, bool))
         if ended.any():
-            rows = [row if done else None for row, done in zip(final, ended, strict=True)]
-            info["final_obs"] = np.array(rows, object)
-            info["_final_obs"] = ended
+            rows = np.empty(self.num_envs, object)
+            for i in np.flatnonzero(ended):
+                rows[i] = final[i]
+            infos |= {"final_obs": rows, "_final_obs": ended}
+            infos |= {"final_info": _masked(info, ended), "_final_info": ended}
         ends = np.asarray(terminated), np.asarray(truncated)
-        return np.asarray(observation), np.asarray(reward), *ends, info
+        return np.asarray(observation), np.asarray(reward), *ends, infos
+
+
+def _masked(info: dict[str, np.ndarray], counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the entries of the copies that count, 0 for the others, and under `_name` which do."""
+    found = {}
+    for name, value in info.items():
+        found[name] = np.zeros_like(value)
+        found[name][counts] = value[counts]
+        found[f"_{name}"] = counts.copy()
+    return found
 
 
 def _spaces(env: Env) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.Box]:

@@ -99,7 +99,7 @@ def log_prob(gaussian: Gaussian, action: Float[Array, "*b a"]) -> Float[Array, "
 def kl_parts(old: Gaussian, new: Gaussian) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
     """Return the two terms of KL(old || new): what moving the mean costs, and what changing the spread costs.
 
-    Each at the other's old value, so both are non-negative (the decoupled bounds of section 8's M-step).
+    Each at the other's old value, so both are non-negative (the M-step's decoupled bounds).
     """
     mean_part = 0.5 * jnp.sum(((new.mean - old.mean) / old.std) ** 2, axis=-1)
     ratio = old.std / new.std

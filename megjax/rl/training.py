@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megjax.checks import within
 from megjax.errors import MegError
-from megjax.files import replacing, write_file
+from megjax.files import replacing, writable_folder, write_file
 from megjax.link import profiles
 from megjax.rl import networks, optimum
 from megjax.rl.algorithm import Algorithm, PolicyParams
@@ -366,6 +366,9 @@ def _check(config: PolicyRunConfig) -> None:
             raise MegError(f"limits {pair}: a mean latency (s) and energy (kJ), finite and above 0")
     if len(set(config.limits)) < len(config.limits) or len(set(config.seeds)) < len(config.seeds):
         raise MegError("limits and seeds: each may be given once")
+    for seed in config.seeds:
+        if not 0 <= seed < 2**32:
+            raise MegError(f"seed {seed}: from 0 to {2**32 - 1} are allowed")
     within(config, 1, math.inf, "chunks", "checkpoint_every", "episodes")
     if not np.isfinite(config.psnr_db):
         raise MegError(f"psnr_db {config.psnr_db}: must be a finite number")
@@ -373,8 +376,7 @@ def _check(config: PolicyRunConfig) -> None:
 
 def _claim(config: PolicyRunConfig, table: optimum.Tables) -> None:
     """Note in the folder what it trains, and refuse one that trains something else."""
-    config.folder.mkdir(parents=True, exist_ok=True)
-    path = config.folder / "config.json"
+    path = writable_folder(config.folder, "folder") / "config.json"
     fields = {
         k: v for k, v in dataclasses.asdict(config).items() if k not in ("folder", "batching", "episodes")
     }

@@ -4,12 +4,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 import scipy.integrate
 import scipy.special
 import scipy.stats
 
+from megjax.errors import MegError
 from megjax.link import channel
 from megjax.link.channel import LinkParams
 from megjax.link.payload import payload_bits, rgb_bits
@@ -33,6 +35,21 @@ def test_rate_has_an_snr_gap():
     np.testing.assert_allclose(
         channel.to_db(channel.from_db(jnp.float32([-7.0, 0.0, 23.0]))), [-7, 0, 23], atol=1e-5
     )
+
+
+@pytest.mark.parametrize("distance_m", [2e3, 2e4, 1e5])
+def test_rate_of_a_weak_signal_is_not_rounded_to_0(distance_m):
+    snr = 10 ** ((30 + 94 - 35.3 - 37.6 * np.log10(distance_m)) / 10)
+    exact = 1e6 * np.log1p(snr) / np.log(2)
+    np.testing.assert_allclose(channel.rate_bps(channel.snr(distance_m)), exact, rtol=3e-5)
+
+
+def test_unknown_fading_is_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(MegError, match=r"fading 'Rayleigh': choose from none, rayleigh, rician"):
+        LinkParams(fading="Rayleigh")
+    with pytest.raises(MegError, match="fading 'rice'"):
+        dataclasses.replace(PAPER, fading="rice")
 
 
 def test_papers_mean_rate():

@@ -70,3 +70,6 @@ def test_errors_name_the_value(tmp_path):
         broken.write_text(json.dumps(wrong))
         with pytest.raises(MegError, match=r"broken\.json is not a hardware profile"):
             profiles.load(broken)
+    broken.write_text("[" * 100_000)
+    with pytest.raises(MegError, match=r"broken\.json is not a hardware profile"):
+        profiles.load(broken)

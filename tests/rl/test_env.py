@@ -156,3 +156,41 @@ def test_gymnasium_accepts_it():
         assert info["cost"].shape == (3, 2)
     assert info["final_obs"][0].shape == (3,)
     assert info["final_obs"][0][1] > 0 == observation[0, 1]
+
+
+@pytest.mark.parametrize("ends", [(1,), (0, 1, 2)], ids=["one ends", "all end"])
+def test_what_ended_is_laid_out_as_by_gymnasium(ends):
+    gymnasium = pytest.importorskip("gymnasium")
+    from megjax.rl.gymnasium_env import MegEnv, MegVectorEnv
+
+    def step(key, state, action, params):
+        observation, state, reward, _, truncated, info = ENV.step(key, state, action, params)
+        return observation, state, reward, action[0] > 0.9, truncated, info
+
+    env = ENV._replace(step=step)
+    same_step = gymnasium.vector.AutoresetMode.SAME_STEP
+    theirs = gymnasium.vector.SyncVectorEnv([lambda: MegEnv(env)] * 3, autoreset_mode=same_step)
+    ours = MegVectorEnv(3, env)
+    action = np.full((3, 2), 0.4, np.float32)
+    action[list(ends), 0] = 0.95
+
+    def layout(value):
+        if isinstance(value, dict):
+            return {name: layout(entry) for name, entry in value.items()}
+        if value.dtype == object:
+            return (value.shape, [None if row is None else (row.shape, row.dtype) for row in value])
+        return (value.shape, value.dtype, value.tolist() if value.dtype == bool else None)
+
+    infos = []
+    for vector in (theirs, ours):
+        vector.reset(seed=3)
+        _, _, terminated, truncated, info = vector.step(action)
+        np.testing.assert_array_equal(np.flatnonzero(terminated), ends)
+        assert not truncated.any()
+        infos.append({name: layout(info[name]) for name in info if "final" in name})
+    assert infos[0] == infos[1]
+    assert infos[1]["final_obs"][0] == (3,)
+    assert not info["final_info"]["cost"][~terminated].any()
+    assert (info["final_info"]["cost"][terminated] > 0).all()
+    assert (info["cost"] > 0).all()
+    assert info["_cost"].all()

@@ -110,6 +110,7 @@ def test_settings_out_of_range_are_refused_by_both_learners(fields, message):
         (CvpoConfig(particles=1), "particles 1.*at least 2"),
         (CvpoConfig(kl_bound=0.0), "kl_bound 0.0.*above 0"),
         (CvpoConfig(critic_lr=float("inf")), "critic_lr inf.*finite"),
+        (CvpoConfig(dual_solver="gradient", dual_max=0.0), "dual_max 0.*above 0"),
         (CvpoConfig(trust_region=TrustRegion(iterations=0)), "iterations 0.*at least 1"),
         (CvpoConfig(policy_batch=8, critic_batch=4), "policy_batch 8: at most critic_batch, 4"),
         # Stretches of two frames of which the first epoch would have written one.

@@ -28,6 +28,7 @@ from megjax.rl.ppo import PpoConfig, make_ppo
 from megjax.rl.problem import Problem, tabulate, wire_payload
 from megjax.rl.quality import make_table
 from megjax.rl.training import PolicyRunConfig, train_policies
+from train import policy as policy_main
 
 SMALL = CvpoConfig(
     envs=8,
@@ -174,6 +175,8 @@ def test_interrupted_training_resumes_to_the_same_policy(tmp_path, monkeypatch, 
         ({"limits": ((0.0, 1.8),)}, "above 0"),
         ({"limits": ()}, "at least one"),
         ({"seeds": (1, 1)}, "once"),
+        ({"seeds": (0, 2**32)}, "seed 4294967296: from 0 to 4294967295"),
+        ({"seeds": (-1,)}, "seed -1"),
         ({"table": "nowhere.npz"}, "not a quality table"),
         ({"table": "tiny", "psnr_db": float("nan")}, "psnr_db nan"),
         ({"learner": PpoConfig(discount=1.0)}, "discount 1.0"),
@@ -183,6 +186,15 @@ def test_bad_settings_are_refused_before_training(tmp_path, fields, message):
     with pytest.raises(MegError, match=message):
         train_policies(PolicyRunConfig(**fields, folder=tmp_path / "none"))
     assert not (tmp_path / "none").exists()
+
+
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(policy_main, "keep_compilations", lambda: None)
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(SystemExit) as ended:
+        policy_main.main(PolicyRunConfig(table="nowhere.npz", folder=tmp_path / "file"))
+    assert ended.value.code == 2
+    assert f"--folder {tmp_path / 'file'} cannot be written" in capsys.readouterr().err
 
 
 def test_impossible_limits_are_refused_before_training(tmp_path):

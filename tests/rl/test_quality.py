@@ -1,6 +1,8 @@
 """Measured quality: tables, files, the live decoder, and problems made of them."""
 
 import dataclasses
+import io
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +82,31 @@ def test_saved_tables_come_back(tmp_path):
             load_table(tmp_path / name)
 
 
+def damaged(how):
+    """The bytes of a table that fails in one of the ways that zip files and numpy's headers have."""
+    header = b"\x93NUMPY\x01\x00\x16\x00{'descr': ('<f4',      \n"  # a bracket that nothing closes
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("about.npy", header if how == "header" else bytes(1000))
+    whole = bytearray(file.getvalue())
+    local, central = 0, whole.rindex(b"PK\x01\x02")
+    if how == "encrypted":
+        whole[local + 6] |= 1
+        whole[central + 8] |= 1
+    if how == "method":
+        whole[local + 8] = whole[central + 10] = 99
+    if how == "stream":
+        whole[30 + len("about.npy")] = 0xFF
+    return bytes(whole)
+
+
+@pytest.mark.parametrize("how", ["header", "encrypted", "method", "stream"])
+def test_damage_of_every_kind_is_told(how, tmp_path):
+    (tmp_path / "bad.npz").write_bytes(damaged(how))
+    with pytest.raises(MegError, match=r"bad\.npz is not a quality table"):
+        load_table(tmp_path / "bad.npz")
+
+
 def test_the_optimum_of_a_table_is_exact_over_its_pictures():
     problem = Problem(quality=SPREAD, payload=wire_payload())
     found = tabulate(problem, bins=3, ratios=5)
@@ -123,6 +150,43 @@ def backbone(tmp_path_factory):
     jax.config.update("jax_disable_most_optimizations", True)
     yield load_pipeline(save_random(tmp_path_factory.mktemp("backbone") / "model"))
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": ()}, r"steps \(\): finite numbers that increase"),
+        ({"steps": (8, 8)}, "steps .* increase"),
+        ({"steps": (0, 8)}, "steps 0: from 1 to 1000"),
+        ({"ratios": (0.0, 0.99)}, r"ratio 0.99: from 0 to 0.9375"),
+        ({"ratios": (0.5, 0.1)}, "ratios .* increase"),
+        ({"psnrs_db": (float("nan"),)}, "psnrs_db .* finite"),
+        ({"psnrs_db": (-200.0, 10.0)}, "psnr_db -200.0"),
+        ({"draws": 0}, "draws 0: at least 1"),
+        ({"pictures": 0}, "pictures 0: at least 1"),
+        ({"seed": -1}, "seed -1"),
+        ({"seed": 99999999999999999999}, "seed 99999999999999999999: from 0 to 4294967295"),
+    ],
+)
+def test_what_would_be_recorded_wrong_is_refused_before_anything_is_measured(
+    backbone, monkeypatch, changes, message
+):
+    monkeypatch.setattr("eval.quality_table.table.draw", None)
+    config = QualityTableConfig(**changes)
+    for function in (measure, live):
+        with pytest.raises(MegError, match=message):
+            function(backbone, config)
+
+
+def test_fewer_steps_than_a_student_has_windows_are_refused(backbone):
+    params = backbone.params | {"student": backbone.params["unet"]}
+    for windows, steps, message in (
+        (8, (4, 12), "steps 4: from 8 to 1000"),
+        (16, (16, 20), "16 windows .* 12 steps are measured"),
+    ):
+        student = dataclasses.replace(backbone, params=params, flow=backbone.flow._replace(windows=windows))
+        with pytest.raises(MegError, match=message):
+            measure(student, QualityTableConfig(steps=steps))
 
 
 def test_measured_and_live_quality_agree(backbone, tmp_path):
