@@ -7,6 +7,7 @@ interrupted goes on with the shards that are missing.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -24,7 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from megjax.errors import MegError
-from megjax.files import write_file
+from megjax.files import writable_folder, write_file
 
 JUDGED_AFTER = 1000
 """Examples seen before the share of broken ones is judged, or all of them."""
@@ -124,14 +125,17 @@ def cached(
         shard: examples a shard.
 
     Raises:
-        MegError: too many broken examples, or none that is whole.
+        MegError: a folder that cannot be written, too many broken examples, or none that is whole.
     """
     own = folder / digest(key)
     if jax.process_index() == 0:
-        own.mkdir(parents=True, exist_ok=True)
+        writable_folder(folder, "cache")
+        own.mkdir(exist_ok=True)
         for unfinished in own.glob(".part-*"):
-            if time.time() - unfinished.stat().st_mtime > ABANDONED_AFTER_S:
-                shutil.rmtree(unfinished, ignore_errors=True)
+            # Another run, at work on the same cache, may finish it and so rename it meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - unfinished.stat().st_mtime > ABANDONED_AFTER_S:
+                    shutil.rmtree(unfinished, ignore_errors=True)
         _write_json(own / "key.json", dict(key))
     _together("cache opened")
     parts = [own / f"part-{i:06d}" for i in range(-(-examples // shard))]

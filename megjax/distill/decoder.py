@@ -73,7 +73,7 @@ def magnitude_pruned(unit: Unit = None) -> Degrade:
 
 
 def gated(kl_weight: float, unit: Unit = None) -> Degrade:
-    """MEG-Pruning (spec section 9): y = gamma(sigma) z + noise, the least open scalars not sent.
+    """MEG-Pruning: y = gamma(sigma) z + noise, the least open scalars not sent.
 
     Args:
         kl_weight: beta, times the KL divergence summed over a latent.
@@ -100,7 +100,7 @@ def decoder_distillation_loss(
     """Eq. (21): || y_ref - D_phi(received(z_T, r, noise)) ||^2, with T, r and the noise drawn per sample.
 
     Under `mse` the ratios near 1, with ten times the error of the others, are most of what is learned. Under
-    `quality`, the paper's -log MSE (section 3), each sample counts by the share of its own error that is
+    `quality`, the paper's -log MSE, each sample counts by the share of its own error that is
     won; a penalty keeps its proportion to its sample's error.
 
     Args:

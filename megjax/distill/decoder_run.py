@@ -31,8 +31,8 @@ from megjax.distill.decoder import (
     magnitude_pruned,
     merged,
 )
-from megjax.distill.encoding import encoded_latents, sampled_latents
-from megjax.distill.export import save_weights
+from megjax.distill.encoding import encoded_latents, model_key, sampled_latents
+from megjax.distill.export import on_every_process, save_weights
 from megjax.distill.pruning import init_gate
 from megjax.errors import MegError
 from megjax.files import writable_folder
@@ -40,8 +40,9 @@ from megjax.link.features import FeatureRules
 from megjax.models import Network, Options, Params, VAEConfig, read, vae_decoder
 from megjax.pipeline.load import DECODERS, Pipeline, load_pipeline, read_gate
 from megjax.pipeline.split import noise_unit
+from megjax.training.checkpoints import claim
 from megjax.training.logs import Report, Work, counted_work
-from megjax.training.loop import Evaluate, fit
+from megjax.training.loop import Evaluate, check_run, fit
 from megjax.training.optimizer import make_optimizer
 from megjax.training.placing import place
 from megjax.training.sharding import make_mesh, replicated, state_shardings
@@ -237,13 +238,16 @@ def train_decoder(config: DecoderConfig) -> Path:
     """Distil, resuming from the newest checkpoint; returns the decoder's folder, `folder/decoders/METHOD`.
 
     Raises:
-        MegError: see `check`, `fit`, `open_pictures` and `cached`.
+        MegError: see `check`, `check_run`, `claim`, `fit`, `open_pictures` and `cached`.
     """
     check(config)
     mesh = make_mesh(config.replicas, config.fsdp)
     pipeline = load_pipeline(config.model, Options(config.dtype, config.dtype))
     writable_folder(config.folder, "folder")
     program = decoder_distillation(config, pipeline)
+    # Before the latents, which may take days to sample.
+    check_run(config, mesh, config.method, program.state)
+    claim(config.folder / f"{config.method}.run.json", _meaning(config, pipeline))
     key_init, key_run = jax.random.split(jax.random.key(config.seed))
     shardings = state_shardings(program.state, mesh)
     params = place(_start(config, pipeline, program.decoder, key_init), shardings.params)
@@ -275,10 +279,16 @@ def train_decoder(config: DecoderConfig) -> Path:
     folder = config.folder / DECODERS / config.method
     extra: dict[str, bytes] = {}
     if "gate" in state.ema:
-        gate = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(state.ema["gate"]).items()}
+        gathered = on_every_process(state.ema["gate"])
+        gate = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(gathered).items()}
         extra[GATE] = save(gate)
     save_weights(folder, program.decoder, state.ema["decoder"], extra=extra)
     return folder
+
+
+def _meaning(config: DecoderConfig, pipeline: Pipeline) -> dict[str, Any]:
+    """What a run's checkpoints are of, beyond their shapes."""
+    return {"rules": config.rules, "vae": model_key(pipeline, ("vae",))}
 
 
 def _work(config: DecoderConfig, pipeline: Pipeline, rows: Cache) -> Work:

@@ -20,21 +20,22 @@ from megjax import weights
 from megjax.checks import above, known_dtype, within
 from megjax.data.loader import DataConfig, data_key, shuffled_batches
 from megjax.diffusion import Conditioning, conditioned, ddim, guided, perflow
-from megjax.diffusion.perflow import WINDOWS, Flow, Parametrisation, flow_file
+from megjax.diffusion.perflow import WINDOWS, Flow, Parametrisation, flow_file, read_flow
 from megjax.distill.cache import Cache
 from megjax.distill.encoding import ENCODERS, caption_ids, encoded_pictures, model_key, progress_bar
 from megjax.distill.export import copy_backbone, delta, save_weights
 from megjax.distill.perflow import SolverOrder
 from megjax.distill.student_loss import Batch, Measure, Solved, perflow_loss, solved_loss
-from megjax.distill.windows import solved_windows
+from megjax.distill.windows import check_draws, solved_windows
 from megjax.errors import MegError
 from megjax.files import writable_folder
 from megjax.models import Network, Options, Params, time_ids, unet
 from megjax.models.attention import IMPLEMENTATIONS
 from megjax.pipeline.load import EMBEDDED, STUDENT, Pipeline, load_pipeline
 from megjax.pipeline.split import condition
+from megjax.training.checkpoints import claim
 from megjax.training.logs import Report, Work, counted_work
-from megjax.training.loop import Evaluate, fit
+from megjax.training.loop import Evaluate, check_run, fit
 from megjax.training.lora import init_lora, lora_loss, merge_lora
 from megjax.training.optimizer import Moments, Rule, make_optimizer
 from megjax.training.placing import place, place_key
@@ -47,6 +48,7 @@ from megjax.training.step import (
     TrainState,
     init_state,
     make_step,
+    scalars,
 )
 
 NAME = "student"
@@ -160,6 +162,7 @@ def check(config: DiffuserConfig, pipeline: Pipeline) -> None:
         raise MegError(f"attention {config.attention}: choose from {', '.join(IMPLEMENTATIONS)}")
     timesteps = len(pipeline.schedule.abar)
     within(config, 1, timesteps // config.windows, "solver_steps")
+    check_draws(config.windows, config.window_draws, config.chained)
     if config.chained and not config.solve_once:
         raise MegError("chained: only windows solved beforehand can be; add --solve-once")
     if config.rollout and not config.chained:
@@ -284,7 +287,8 @@ def train_diffuser(config: DiffuserConfig) -> Path:
     the teacher, makes a few-step model of any fine-tune (`megjax.distill.export.add_delta`).
 
     Raises:
-        MegError: see `check`, `fit`, `open_pictures` and `cached`; `start` with LoRA, or with other weights.
+        MegError: see `check`, `check_run`, `claim`, `fit`, `open_pictures` and `cached`; `start` with LoRA,
+            or of other weights or another flow.
     """
     known_dtype(config.dtype)
     mesh = make_mesh(config.replicas, config.fsdp, config.tensor)
@@ -292,8 +296,10 @@ def train_diffuser(config: DiffuserConfig) -> Path:
     check(config, pipeline)
     writable_folder(config.folder, "folder")
     program = distillation(config, pipeline)
-    # Before the data, which may take days to encode: a start that does not fit must not wait for it.
+    # Before the data, which may take days to encode: what does not fit must not wait for it.
+    check_run(config, mesh, NAME, program.state)
     started = None if config.start is None else _started(config.start, config, pipeline)
+    claim(config.folder / f"{NAME}.run.json", _meaning(config, pipeline))
     preset = {"dtype": config.dtype}
     rows = encoded_pictures(pipeline, config.data, config.cache, config.encode_batch, preset)
     if len(rows) < config.held_out + config.batch:
@@ -334,12 +340,27 @@ def train_diffuser(config: DiffuserConfig) -> Path:
         work=_work(config, pipeline, frozen, rows),
         tensorboard=config.tensorboard,
     )
+    if config.lora_rank:
+        # Merged in the teacher's own dtype, small changes would be rounded away.
+        teacher = jax.tree.map(lambda p: p.astype(jnp.float32), teacher)
     return _export(config, pipeline, program.student(_on_device(config, state.ema, mesh), teacher), teacher)
+
+
+def _meaning(config: DiffuserConfig, pipeline: Pipeline) -> dict[str, Any]:
+    """What a run's checkpoints are of, beyond their shapes."""
+    flow = Flow(config.kind, config.windows)._asdict()
+    scale = {"lora_scale": config.lora_scale} if config.lora_rank else {}
+    return flow | scale | {"teacher": model_key(pipeline, ("unet", "scheduler"))}
 
 
 def _started(folder: Path, config: DiffuserConfig, pipeline: Pipeline) -> Params:
     if config.lora_rank:
         raise MegError(f"--start {folder}: factors start from the teacher's weights; leave --lora-rank out")
+    if (flow := read_flow(folder)) != Flow(config.kind, config.windows):
+        raise MegError(
+            f"--start {folder}: a student of --kind {flow.kind} --windows {flow.windows}, this run is of "
+            f"{config.kind}, {config.windows}"
+        )
     return weights.load(folder, pipeline.unet.shapes, dtype=jnp.float32)
 
 
@@ -390,8 +411,9 @@ def _empty(pipeline: Pipeline) -> tuple[Array, Array]:
 def _work(config: DiffuserConfig, pipeline: Pipeline, frozen: Any, rows: Cache) -> Work:
     data = {k: jax.ShapeDtypeStruct((config.batch, *v.shape), v.dtype) for k, v in rows[0].items()}
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen)
-    # The model's FLOPs: what is recomputed to save memory does not count.
-    program = distillation(dataclasses.replace(config, remat=False), pipeline)
+    # The model's FLOPs: what is recomputed to save memory does not count. A kernel's cannot be counted, nor
+    # lowered for the CPU, where they are.
+    program = distillation(dataclasses.replace(config, remat=False, attention="xla"), pipeline)
     return counted_work(
         program.step, program.state, Inputs(data, shapes), config.batch, config.peak_flops_per_s
     )
@@ -425,7 +447,7 @@ def _evaluation(
         return {"consistency": value, **metrics}
 
     def scalars_of(trained: Params, inputs: Inputs, prefix: str = "") -> dict[str, float]:
-        return {prefix + name: float(np.asarray(v)) for name, v in errors(trained, key, inputs).items()}
+        return scalars(errors(trained, key, inputs), prefix)
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def sample(trained: Params, inputs: Inputs, noise: Array, T: Array) -> Array:
@@ -463,14 +485,14 @@ def _evaluation(
 
     def evaluate(state: TrainState) -> Report:
         ema = _on_device(config, state.ema, mesh)
-        scalars = scalars_of(ema, everyone) | scalars_of(ema, known, "learned_")
+        found = scalars_of(ema, everyone) | scalars_of(ema, known, "learned_")
         columns = [reference()]
         for T in steps:
             z = np.asarray(sample(ema, few, noise, jnp.int32(T)))
-            scalars[f"mse_to_teacher_{T}"] = float(np.mean(np.square(z - columns[0])))
+            found[f"mse_to_teacher_{T}"] = float(np.mean(np.square(z - columns[0])))
             columns.append(z)
         grid = np.concatenate([pictures(z) for z in columns], axis=1)
-        return Report(scalars, {"samples": grid.astype(np.float32)})
+        return Report(found, {"samples": grid.astype(np.float32)})
 
     return evaluate
 

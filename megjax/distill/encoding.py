@@ -197,7 +197,7 @@ def _build(
                 # Always the same shape, so that one executable serves all.
                 numbers, examples = zip(*some, *[some[-1]] * (batch - len(some)), strict=True)
                 computed = {name: np.asarray(x)[: len(some)] for name, x in arrays(examples, numbers).items()}
-                blocks.append({name: _stored(name, array) for name, array in computed.items()})
+                blocks.append({name: stored(name, array) for name, array in computed.items()})
             joined = {
                 name: np.concatenate([block[name] for block in blocks])
                 for name in (blocks[0] if blocks else ())
@@ -216,7 +216,8 @@ def _build(
         )
 
 
-def _stored(name: str, array: np.ndarray) -> np.ndarray:
+def stored(name: str, array: np.ndarray) -> np.ndarray:
+    """Bytes as they are, numbers in `STORED`; raises `MegError` if one is not finite there."""
     if array.dtype == np.uint8:
         return array
     with np.errstate(over="ignore"):
@@ -230,7 +231,7 @@ def _bytes(name: str, array: np.ndarray) -> np.ndarray:
 
 def _finite(name: str, array: np.ndarray) -> np.ndarray:
     if not np.isfinite(array).all():
-        raise MegError(f"{name}: not finite in {array.dtype}; run the encoders in another --dtype")
+        raise MegError(f"{name}: not finite in {array.dtype}; compute in another --dtype")
     return array
 
 

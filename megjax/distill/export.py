@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import DTypeLike
+from jaxtyping import DTypeLike, PyTree
 
 from megjax import weights
 from megjax.files import replacing_folder
@@ -31,16 +31,22 @@ def save_weights(
         dtype: of the stored weights.
         extra: further files of the folder, by name.
     """
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        params = multihost_utils.process_allgather(params, tiled=True)
+    params = on_every_process(params)
     if jax.process_index() != 0:
         return
     with replacing_folder(Path(folder)) as temporary:
         weights.save(temporary, jax.tree.map(lambda p: p.astype(dtype), params), to_dict(network.config))
         for name, content in extra.items():
             (temporary / name).write_bytes(content)
+
+
+def on_every_process(params: PyTree) -> PyTree:
+    """Parameters of which each process has a part, whole on all of them; the others as they are."""
+    if jax.process_count() == 1:
+        return params
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(params, tiled=True)
 
 
 def delta(student: Params, teacher: Params) -> Params:

@@ -35,7 +35,7 @@ def gate(params: Params, psnr_db: Real) -> Float[Array, " n"]:
 
 
 def gate_kl(gamma: Float[Array, "*n"], x: Float[Array, "*n"], sigma: Real) -> Float[Array, "*n"]:
-    """KL of N(gamma x, sigma^2) from the log-uniform prior, up to a constant (spec section 9).
+    """KL of N(gamma x, sigma^2) from the log-uniform prior, up to a constant.
 
     With a = sigma^2/(gamma x)^2: 0.5 log(1 + 1/a) - k1 (sigmoid(k2 + k3 log a) - 1).
     """

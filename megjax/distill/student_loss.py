@@ -31,7 +31,7 @@ from megjax.distill.perflow import (
     window_target,
 )
 from megjax.models import Params
-from megjax.training.step import Loss, Metrics
+from megjax.training.step import Loss, Metrics, Share
 
 Measure: TypeAlias = Literal["output", "velocity"]
 """What errors are measured of: the student's output, Eq. (12), or the velocity it stands for, Eq. (11)."""
@@ -194,7 +194,7 @@ def perflow_loss(
 
     Returns:
         A loss over `Batch`, with `window_k` (k = 0 is the noisiest) among its metrics: each window's own
-        mean, the teacher-consistency error; 0 where a batch has none of its times.
+        mean, the teacher-consistency error.
     """
 
     errors = partial(student_errors, sched=sched, kind=kind, windows=windows, huber=huber, measure=measure)
@@ -299,8 +299,9 @@ def window_metrics(
     """Mean error of each window, the noisiest first."""
     start_B, _ = window_edges(sched, t_B, windows)
     number_B = windows - start_B * windows // len(sched.abar)
-    metrics = {}
+    metrics: Metrics = {}
     for k in range(windows):
         mine_B = number_B == k
-        metrics[f"window_{k}"] = jnp.sum(jnp.where(mine_B, error_B, 0.0)) / jnp.maximum(mine_B.sum(), 1)
+        total = jnp.sum(jnp.where(mine_B, error_B, 0.0))
+        metrics[f"window_{k}"] = Share(total, jnp.sum(mine_B, dtype=jnp.float32))
     return metrics

@@ -13,10 +13,22 @@ from jaxtyping import Array, Float
 
 from megjax.diffusion import Conditioning, guided
 from megjax.distill.cache import Block, Cache, cached
+from megjax.distill.encoding import stored
 from megjax.distill.perflow import SolverOrder, noisy_start, solve_window, trajectory_windows
 from megjax.errors import MegError
 from megjax.models import time_ids
 from megjax.pipeline.load import Pipeline
+
+
+def check_draws(windows: int, draws: tuple[int, ...], chained: bool) -> None:
+    """Refuse draws that no trajectories can be solved for.
+
+    Raises:
+        MegError: see `trajectory_windows`; chained, and a window has more draws than the one before.
+    """
+    trajectory_windows(windows, draws)
+    if chained and list(draws) != sorted(draws, reverse=True):
+        raise MegError(f"chained, with window_draws {draws}: no window can have more than the one before")
 
 
 def solved_windows(
@@ -58,13 +70,12 @@ def solved_windows(
         progress: told the examples done.
 
     Raises:
-        MegError: see `trajectory_windows`; chained, and a window has more draws than the one before.
+        MegError: see `check_draws`; the teacher's ends are not finite numbers of float16.
     """
     sched, side = pipeline.schedule, pipeline.image_size
     S = len(sched.abar)
+    check_draws(windows, draws, chained)
     chosen = trajectory_windows(windows, draws)
-    if chained and list(draws) != sorted(draws, reverse=True):
-        raise MegError(f"chained, with window_draws {draws}: no window can have more than the one before")
     window_J = jnp.array(chosen)
     draw_J = jnp.array([j - chosen.index(k) for j, k in enumerate(chosen)])
 
@@ -101,7 +112,7 @@ def solved_windows(
             stacked = {name: np.stack([row[name] for row in some]) for name in some[0]}
             given = (stacked[name].astype(np.float32) for name in ("z0", "text", "pooled"))
             z_s, z_e = solve(pipeline.params["unet"], jnp.asarray(padded), *given)
-            ends = {"z_s": np.asarray(z_s, np.float16), "z_e": np.asarray(z_e, np.float16)}
+            ends = {name: stored(name, np.asarray(z)) for name, z in (("z_s", z_s), ("z_e", z_e))}
             blocks.append({name: x[: len(numbers)] for name, x in (stacked | ends).items()})
         return Block({name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]})
 

@@ -67,8 +67,10 @@ def attention(
         # Small and on a CPU most likely: keeping the probabilities is quicker there than computing them anew.
         out_BxHxDxT = _softmax_attention(q_BxHxDxT, k_BxHxDxS, v_BxHxDxS)[0]
     else:
-        block = _largest_divisor(T, min(T, max(1, MAX_SCORE_BYTES // row_bytes)))
-        out_BxHxDxT = _blockwise_attention(q_BxHxDxT, k_BxHxDxS, v_BxHxDxS, block)
+        block, added = _block_size(T, max(1, MAX_SCORE_BYTES // row_bytes))
+        padded = jnp.pad(q_BxHxDxT, [(0, 0), (0, 0), (0, 0), (0, added)]) if added else q_BxHxDxT
+        out_BxHxDxT = _blockwise_attention(padded, k_BxHxDxS, v_BxHxDxS, block)
+        out_BxHxDxT = out_BxHxDxT[..., :T]
     return out_BxHxDxT.reshape(B, H * D, T).swapaxes(1, 2).reshape(B, T, H, D)
 
 
@@ -180,8 +182,18 @@ def _joined(x: Array) -> Array:
     return x.reshape(*x.shape[:-2], -1)
 
 
-def _largest_divisor(n: int, limit: int) -> int:
-    return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
+def _block_size(T: int, limit: int) -> tuple[int, int]:
+    """Queries of a block, at most `limit`, and how many of none to add so that the blocks are whole.
+
+    After merging T may be a prime, and its divisors would make as many blocks as there are queries.
+    """
+    limit = min(T, limit)
+    divisor = next(d for d in range(limit, 0, -1) if T % d == 0)
+    if 2 * divisor >= limit:
+        return divisor, 0
+    blocks = -(-T // limit)
+    block = -(-T // blocks)
+    return block, blocks * block - T
 
 
 class Attention(nnx.Module):

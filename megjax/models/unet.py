@@ -199,7 +199,7 @@ class UNet(nnx.Module):
             text_BxLxE: the text encoders' penultimate hidden states, side by side.
             pooled_BxP: pooled text embedding of the projecting encoder.
             sizes_Bx6: original height and width, crop top and left, target height and width; pixels.
-            token_merge: merges tokens around self-attention (ToMe, spec section 5).
+            token_merge: merges tokens around self-attention (ToMe, `megjax.merging.tome`).
 
         Returns:
             The predicted noise, float32.

@@ -20,7 +20,7 @@ from megjax.merging.message import rebuild_plan
 from megjax.merging.plan import Matches
 from megjax.models import Network, Options, Params, UNetConfig, VAEConfig, from_dict, vae_decoder, vae_encoder
 from megjax.pipeline.int8 import dequantised
-from megjax.pipeline.load import DECODERS, EMBEDDED
+from megjax.pipeline.load import DECODERS, EMBEDDED, Pipeline, distilled_decoder
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -83,8 +83,20 @@ def load_device(
         both = weights.load(folder.path / "vae", shapes, dtype=options.param_dtype)
         params = {key: both[key] for key in network.shapes}
     else:
+        network = distilled_decoder(distilled / name, network, options)
         params = weights.load(distilled / name, network.shapes, dtype=options.param_dtype)
     return Device(network, params, (height, width))
+
+
+def device_of(pipeline: Pipeline, size: tuple[int, int]) -> Device:
+    """The decoder that a pipeline's device runs.
+
+    Args:
+        pipeline: both halves.
+        size: height and width of the pictures; pixels.
+    """
+    params = pipeline.device_decoder
+    return Device(pipeline.decoder_of(params), params, size)
 
 
 def token_grid(device: Device) -> Grid:

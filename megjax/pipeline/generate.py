@@ -23,7 +23,7 @@ from megjax.pipeline.split import Sampler, condition, decode, denoise, encode, n
 from megjax.text import tokenize
 
 REFERENCE_STEPS = 12
-"""T_max: the reference picture's steps (spec section 3)."""
+"""T_max: the reference picture's steps."""
 
 MAX_RATIO = {"default": 15 / 16, "paper": 1.0}
 

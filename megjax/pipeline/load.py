@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
@@ -27,6 +28,7 @@ from megjax.models import (
     vae_decoder,
     vae_encoder,
 )
+from megjax.models import read as read_config
 from megjax.text import load_tokenizers
 from megjax.weights import formats
 
@@ -51,14 +53,14 @@ class Pipeline:
         text_encoders: CLIP-L's and bigG's classes, in this order.
         unet: the denoiser.
         vae_encoder: for image-to-image.
-        vae_decoder: the device's half.
+        vae_decoder: the device's half, frozen.
         params: by name: `text_encoder`, `text_encoder_2`, `unet`, `vae_encoder`, `vae_decoder`. A distilled
             backbone also has `student`, the few-step U-Net, and `decoders`, a dict of the distilled decoders
-            by name (`meg`, `split_finetune`, ...), of `unet`'s and `vae_decoder`'s networks; `gate` tells
-            MEG-Pruning what to send.
+            by name (`meg`, `split_finetune`, ...); `gate` tells MEG-Pruning what to send.
         tokenizers: one for each text encoder.
         schedule: the noise schedule.
         flow: what the student follows.
+        thin: networks of the distilled decoders that are not of `vae_decoder`'s width, by name.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Pipeline:
     tokenizers: tuple[CLIPTokenizer, ...]
     schedule: Schedule
     flow: Flow = dataclasses.field(default_factory=Flow)
+    thin: Mapping[str, Network] = dataclasses.field(default_factory=dict)
 
     @property
     def image_size(self) -> int:
@@ -80,6 +83,13 @@ class Pipeline:
     def device_decoder(self) -> Params:
         """Parameters of the decoder that the device runs: the distilled one, if there is one."""
         return self.params.get("decoders", {}).get("meg", self.params["vae_decoder"])
+
+    def decoder_of(self, params: Params) -> Network:
+        """The network of a decoder's parameters, by their shapes."""
+        for network in self.thin.values():
+            if _shapes(network.shapes) == _shapes(params):
+                return network
+        return self.vae_decoder
 
     @property
     def networks(self) -> dict[str, Network]:
@@ -137,10 +147,13 @@ def load_pipeline(
     }
     if (folder.path / STUDENT).is_dir():
         params["student"] = read(STUDENT, networks["unet"].shapes)
+    thin: dict[str, Network] = {}
     if (folder.path / DECODERS).is_dir():
         # A write that was killed leaves a hidden folder.
         names = sorted(p.name for p in (folder.path / DECODERS).glob("[!.]*") if p.is_dir())
-        params["decoders"] = {name: read(f"{DECODERS}/{name}", decoder.shapes) for name in names}
+        own = {name: distilled_decoder(folder.path / DECODERS / name, decoder, options) for name in names}
+        params["decoders"] = {name: read(f"{DECODERS}/{name}", own[name].shapes) for name in names}
+        thin = {name: network for name, network in own.items() if network is not decoder}
     if (folder.path / GATE).is_file():
         side = networks["unet"].config.sample_size
         params["gate"] = read_gate(folder.path / GATE, side * side * vae.latent_channels)
@@ -154,7 +167,36 @@ def load_pipeline(
         tokenizers=tokenizers,
         schedule=read_schedule(folder.path / "scheduler" / "scheduler_config.json"),
         flow=read_flow(folder.path / STUDENT),
+        thin=thin,
     )
+
+
+def distilled_decoder(folder: Path, frozen: Network, options: Options = Options()) -> Network:
+    """The network of a distilled decoder: the frozen one's, or one of its own width.
+
+    Args:
+        folder: its config and weights.
+        frozen: the backbone's decoder.
+        options: how it computes.
+
+    Raises:
+        WeightsError: no config, or one of other latents or pictures.
+    """
+    config = read_config(VAEConfig, folder / "config.json")
+    network = vae_decoder(config, options)
+    if _shapes(network.shapes) == _shapes(frozen.shapes):
+        return frozen
+    sides = [(c.latent_channels, c.downsampling) for c in (config, frozen.config)]
+    if sides[0] != sides[1]:
+        raise WeightsError(
+            f"{folder}: a decoder of {sides[0][0]} latent channels, {sides[0][1]} pixels each, does not fit "
+            f"an autoencoder of {sides[1][0]}, {sides[1][1]}"
+        )
+    return network
+
+
+def _shapes(params: Any) -> Any:
+    return jax.tree.map(lambda p: p.shape, params)
 
 
 def sdxl(options: Options = Options()) -> Pipeline:

@@ -90,7 +90,7 @@ def denoise(
         start_BxHxWxC: latents of a picture to start from (SDEdit); any at strength 1.
         strength: share of the steps that is run, traced; 1 starts from pure noise.
         sampler: `ddim` for a teacher's parameters, `perflow` for a student's.
-        tome_ratio: of the tokens merged inside every self-attention (ToMe, spec section 5); static.
+        tome_ratio: of the tokens merged inside every self-attention (ToMe); static.
     """
     schedule = pipeline.schedule
     steps = jnp.asarray(steps, jnp.int32)
@@ -177,8 +177,8 @@ def send(
 
 @functools.partial(jax.jit, static_argnums=0)
 def decode(pipeline: Pipeline, params: Params, z_BxHxWxC: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
-    """Run the device's decoder, Eq. (20); pictures clipped to [0, 1]."""
-    return jnp.clip(pipeline.vae_decoder(params, z_BxHxWxC), 0.0, 1.0)
+    """Run a decoder of the pipeline's, Eq. (20); pictures clipped to [0, 1]."""
+    return jnp.clip(pipeline.decoder_of(params)(params, z_BxHxWxC), 0.0, 1.0)
 
 
 @functools.partial(jax.jit, static_argnums=0)

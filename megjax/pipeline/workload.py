@@ -15,7 +15,7 @@ from megjax.pipeline.load import Pipeline
 
 @functools.lru_cache(maxsize=32)
 def workload(pipeline: Pipeline, size: tuple[int, int], tome_ratio: float = 0.0) -> Workload:
-    """Count the FLOPs of one picture's text encoders, U-Net call, VAE encoder and decoder (spec section 2).
+    """Count the FLOPs of one picture's text encoders, U-Net call, VAE encoder and decoder, Eqs. (1)-(3).
 
     Args:
         pipeline: whose programs are lowered and counted.
@@ -45,6 +45,6 @@ def workload(pipeline: Pipeline, size: tuple[int, int], tome_ratio: float = 0.0)
     ).flops
     encoder = pipeline.vae_encoder
     encoded = flops.count(encoder, encoder.shapes, array(1, *size, 3)).flops
-    decoder = pipeline.vae_decoder
+    decoder = pipeline.thin.get("meg", pipeline.vae_decoder)
     decoded = flops.count(decoder, decoder.shapes, array(1, height, width, vae.latent_channels)).flops
     return Workload(text, encoded, call, 2, decoded)

@@ -116,10 +116,13 @@ def topology(name: str) -> Topology:
 
 def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
     """The chip and the shape in a topology's name; raises `MegError` for what is none."""
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    # Four digits are more than any topology has, and few enough to be a number.
+    match = re.fullmatch(r"(\w+):(\d{1,4}(?:x\d{1,4})*)", name)
     if not match or match[1] not in CHIPS:
+        shown = name if len(name) <= 80 else name[:80] + "..."
         raise MegError(
-            f"topology {name!r}: give a chip ({', '.join(CHIPS)}) and its shape, such as v5e:4x4 or v5p:2x2x1"
+            f"topology {shown!r}: give a chip ({', '.join(CHIPS)}) and its shape, such as v5e:4x4 or "
+            "v5p:2x2x1"
         )
     chip, shape = CHIPS[match[1]], tuple(map(int, match[2].split("x")))
     if len(shape) != chip.dimensions or 0 in shape:

@@ -13,13 +13,19 @@ from jaxtyping import PyTree
 from megjax.diffusion import Conditioning
 from megjax.distill.diffuser import DiffuserConfig, distillation
 from megjax.distill.encoding import STORED
-from megjax.errors import MegError
 from megjax.models import (
     Options,
 )
 from megjax.pipeline.load import Pipeline, load_pipeline, sdxl
 from megjax.pipeline.split import decode, denoise
-from megjax.training.sharding import batch_sharding, make_mesh, param_shardings, replicated, state_shardings
+from megjax.training.sharding import (
+    batch_sharding,
+    check_batch,
+    make_mesh,
+    param_shardings,
+    replicated,
+    state_shardings,
+)
 from megjax.training.step import Inputs
 
 Backbone = Literal["sdxl", "tiny"]
@@ -59,12 +65,7 @@ def lower_training(config: DiffuserConfig, pipeline: Pipeline, devices: Sequence
         MegError: the mesh does not fit the devices, or the batch the mesh.
     """
     mesh = make_mesh(config.replicas, config.fsdp, config.tensor, devices)
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch % (rows * config.accumulate):
-        raise MegError(
-            f"batch {config.batch}: must be a multiple of {rows * config.accumulate}: {rows} devices that it "
-            f"is cut over, times {config.accumulate} parts to accumulate"
-        )
+    check_batch(config.batch, config.accumulate, mesh)
     program = distillation(config, pipeline)
     shardings = state_shardings(program.state, mesh, offload_ema=config.offload_ema)
     state = _placed(program.state, shardings)
@@ -86,6 +87,7 @@ def lower_training(config: DiffuserConfig, pipeline: Pipeline, devices: Sequence
         "teacher": device_bytes(frozen["teacher"]),
         "batch": device_bytes(data),
     }
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
     return Lowered(lowered, parts, config.batch // rows)
 
 

@@ -1,4 +1,4 @@
-"""Steps and ratio by a policy, for requests that name limits alone (spec section 7)."""
+"""Steps and ratio by a policy, for requests that name limits alone."""
 
 from __future__ import annotations
 

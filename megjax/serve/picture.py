@@ -15,7 +15,7 @@ from PIL import Image
 from megjax.client.picture import Show, viewer
 from megjax.errors import MegError
 from megjax.pipeline import Pipeline
-from megjax.pipeline.device import Device
+from megjax.pipeline.device import device_of
 from megjax.pipeline.generate import REFERENCE_STEPS
 from megjax.pipeline.split import decode
 from megjax.serve.engine import Size, Task, latents
@@ -67,7 +67,7 @@ def show(pipeline: Pipeline, each: Sequence[tuple[Task, bytes, float]], batch: i
 
 @functools.lru_cache(maxsize=16)
 def _viewer(pipeline: Pipeline, size: Size) -> Show:
-    return viewer(Device(pipeline.vae_decoder, pipeline.device_decoder, size))
+    return viewer(device_of(pipeline, size))
 
 
 def png(image_HxWx3: np.ndarray) -> bytes:

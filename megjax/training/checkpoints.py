@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,6 +87,35 @@ def require_room(folder: Path, state: TrainState, copies: int) -> None:
             f"{folder}: {copies} checkpoints need {need / 1e9:.3g} GB, there is room for {have / 1e9:.3g}; "
             "free some or choose another --folder"
         )
+
+
+def claim(path: Path, what: Mapping[str, Any]) -> None:
+    """Note beside a run's checkpoints what their numbers mean, and refuse a run that means something else.
+
+    Checkpoints tell shapes alone: another flow's, another teacher's or another scale's would go on as if
+    they were this run's, and be exported as such.
+
+    Args:
+        path: of the note, JSON.
+        what: by name; JSON values.
+
+    Raises:
+        MegError: the note says otherwise, or is none.
+    """
+    here = json.loads(json.dumps(what))
+    if path.exists():
+        try:
+            there = json.loads(path.read_text())
+        except ValueError:
+            raise MegError(f"{path}: not valid JSON; mend it, or choose another --folder") from None
+        if wrong := sorted(name for name in here.keys() | there if here.get(name) != there.get(name)):
+            name = wrong[0]
+            raise MegError(
+                f"{path}: its checkpoints are of {name} {there.get(name)}, this run is of "
+                f"{here.get(name)}; choose another --folder"
+            )
+    elif jax.process_index() == 0:
+        write_file(path, json.dumps(here, indent=2) + "\n")
 
 
 @contextlib.contextmanager

@@ -146,7 +146,7 @@ def open_logs(folder: Path, name: str, steps: int, *, tensorboard: bool = False)
         path = folder / f"{name}.jsonl"
         file = path.open("a")
         stack.callback(lambda: file.close())
-        board = _board(folder / "tensorboard" / name) if tensorboard else None
+        board = summary_writer()(str(folder / "tensorboard" / name)) if tensorboard else None
         if board is not None:
             stack.callback(board.close)
         bar = stack.enter_context(Progress(*columns, console=console))
@@ -203,9 +203,10 @@ def _bytes(picture: np.ndarray) -> np.ndarray:
     return np.round(np.clip(picture, 0.0, 1.0) * 255).astype(np.uint8)
 
 
-def _board(folder: Path) -> Any:
+def summary_writer() -> Any:
+    """TensorBoard's writer; raises `MegError` if tensorboardX is not installed."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
         raise MegError("tensorboardX is not installed; `pip install 'megjax[train]'`") from None
-    return SummaryWriter(str(folder))
+    return SummaryWriter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shlex
 import signal
 import sys
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
+from megjax.checks import within
 from megjax.errors import MegError
 from megjax.training.checkpoints import (
     Position,
@@ -29,10 +32,10 @@ from megjax.training.checkpoints import (
     save_failure,
     seal,
 )
-from megjax.training.logs import Logs, Report, Work, open_logs
+from megjax.training.logs import Logs, Report, Work, open_logs, summary_writer
 from megjax.training.placing import place_batch, place_key
-from megjax.training.sharding import replicated
-from megjax.training.step import Inputs, Step, TrainState
+from megjax.training.sharding import check_batch, replicated
+from megjax.training.step import Inputs, Share, Step, TrainState, scalars
 
 BAD_STEPS = 10
 """So many steps in a row without a finite loss and gradient end a run."""
@@ -192,6 +195,28 @@ def fit(
     return state
 
 
+def check_run(config: Any, mesh: Mesh, name: str, state: TrainState) -> None:
+    """Refuse before the data is read, which may take days, what would be refused after.
+
+    Args:
+        config: a trainer's, with `fit`'s numbers, `folder`, `seed`, `batch` and `accumulate`.
+        mesh: that the state is to lie on.
+        name: of the thing being trained.
+        state: its shapes.
+
+    Raises:
+        MegError: see `fit` and `check_batch`; a seed that is none, no tensorboardX where it is wanted.
+    """
+    within(config, 1, math.inf, "every", "checkpoint_every", "keep")
+    within(config, 0, math.inf, "evaluate_every")
+    within(config, 0, 2**32 - 1, "seed")
+    check_batch(config.batch, config.accumulate, mesh)
+    if config.tensorboard:
+        summary_writer()
+    if jax.process_index() == 0:
+        require_room(config.folder / name, state, config.keep + 2)
+
+
 def _compiled(step: Step, state: TrainState, mesh: Mesh | None) -> Step:
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
@@ -236,7 +261,7 @@ class _Window(NamedTuple):
 
 
 def _added(window: _Window, metrics: dict[str, Any]) -> _Window:
-    sums = {k: window.sums.get(k, 0.0) + v for k, v in metrics.items()}
+    sums = jax.tree.map(jnp.add, window.sums, metrics) if window.sums else metrics
     if window.since is None:
         jax.block_until_ready(sums)
         return _Window(sums, window.count + 1, 0, time.perf_counter())
@@ -245,10 +270,12 @@ def _added(window: _Window, metrics: dict[str, Any]) -> _Window:
 
 def _flushed(window: _Window, work: Work) -> tuple[_Window, dict[str, float]]:
     """Return an empty window; the metrics' means over steps with an update, if any, and the speed."""
-    sums = {k: float(np.asarray(v)) for k, v in window.sums.items()}
-    skipped = sums.pop("skipped", 0.0)
+    sums = dict(window.sums)
+    skipped = float(np.asarray(sums.pop("skipped", 0.0)))
     updates = window.count - skipped
-    means = ({k: v / updates for k, v in sums.items()} if updates else {}) | {"skipped": skipped}
+    # A share has its own count of samples.
+    means = {k: v if isinstance(v, Share) else v / updates for k, v in sums.items()} if updates else {}
+    means = scalars(means) | {"skipped": skipped}
     now = time.perf_counter()
     if window.timed and window.since is not None:
         means |= work.speed(window.timed / (now - window.since))

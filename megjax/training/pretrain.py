@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Key
 
+from megjax.checks import LARGEST_SEED, within
 from megjax.data.photos import load_photos, random_crops
 from megjax.data.render import render
 from megjax.data.scenes import sample_scenes
@@ -94,11 +95,12 @@ def pretrain(config: PretrainConfig) -> Path:
     """Train all stages, each from its newest checkpoint in `config.folder`; returns the model's folder.
 
     Raises:
-        MegError: a pool that is no multiple of 256, no such `start`, no folder to write to; see `fit`
-            and `draw_curves`.
+        MegError: a pool that is no multiple of 256, a seed out of range, no such `start`, no folder to write
+            to; see `fit` and `draw_curves`.
     """
     if config.pool < 1 or config.pool % POOL_BATCH:
         raise MegError(f"pool {config.pool}: must be a positive multiple of {POOL_BATCH}")
+    within(config, 0, LARGEST_SEED, "seed")
     writable_folder(config.folder, "folder")
     key_vae, key_pool, key_denoiser = jax.random.split(jax.random.key(config.seed), 3)
     start = None

@@ -44,6 +44,25 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
+def check_batch(batch: int, accumulate: int, mesh: Mesh) -> None:
+    """Refuse a batch that does not divide.
+
+    Args:
+        batch: over all devices.
+        accumulate: parts that are computed one after the other.
+        mesh: from `make_mesh`.
+
+    Raises:
+        MegError: it is no multiple of the parts times the devices that it is cut over.
+    """
+    rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch % (rows * accumulate):
+        raise MegError(
+            f"batch {batch}: must be a multiple of {rows * accumulate}: {rows} devices that it is cut over, "
+            f"times {accumulate} parts to accumulate"
+        )
+
+
 def param_shardings(
     shapes: PyTree, mesh: Mesh, *, min_size: int = MIN_SIZE, memory_kind: str | None = None
 ) -> PyTree:

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from megjax.errors import MegError
 
-Metrics = dict[str, Float[Array, ""]]
+
+class Share(NamedTuple):
+    """A mean over some of a batch's samples: of the parts of a batch, one may have none of them.
+
+    Args:
+        total: sum over those that there are.
+        count: how many.
+    """
+
+    total: Float[Array, ""]
+    count: Float[Array, ""]
+
+
+Metrics = dict[str, Float[Array, ""] | Share]
+"""Averaged over a batch's parts and a log line's steps; a `Share` by its samples."""
 
 Loss = Callable[[PyTree, Key[Array, ""], Any], tuple[Float[Array, ""], Metrics]]
 """(params, key, batch) -> (loss, metrics); pure, so that it runs under jit, shard_map or pmap alike."""
@@ -49,6 +64,16 @@ class TrainState(NamedTuple):
     opt_state: PyTree
 
 
+def scalars(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Metrics as numbers; a `Share` of no sample has none and is left out."""
+    found = {}
+    for name, metric in metrics.items():
+        total, count = metric if isinstance(metric, Share) else (metric, 1.0)
+        if divisor := float(np.asarray(count)):
+            found[prefix + name] = float(np.asarray(total)) / divisor
+    return found
+
+
 def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first update; the EMA starts at the parameters."""
     # Weak types would become strong in the first step, and the second would compile again.
@@ -68,7 +93,7 @@ def make_step(
 ) -> Step:
     """The update `(state, key, batch) -> (state, metrics)`; `key` is the run's, folded with the step here.
 
-    The EMA's decay is min(ema_decay, (1 + n)/(10 + n)) (spec section 4): early averages forget the start.
+    The EMA's decay is min(ema_decay, (1 + n)/(10 + n)): early averages forget the start.
     A loss or gradient that is not finite changes nothing but the step number: metrics are zero then, and
     `skipped` is 1.
 

@@ -3,6 +3,7 @@
 import os
 import pickle
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,6 +63,31 @@ def test_an_interrupted_cache_goes_on(tmp_path):
     assert calls == [(0, 4), (4, 8), (8, 10)]
     assert [int(cache[i]["n"]) for i in range(10)] == list(range(10))
     assert not left.exists()
+
+
+def test_a_shard_that_another_run_finishes_meanwhile_is_passed_over(tmp_path, monkeypatch):
+    own = tmp_path / digest(KEY)
+    cached(tmp_path, KEY, 10, doubles([]), shard=4)
+    unfinished = own / ".part-000009-x"
+    unfinished.mkdir()
+    glob = Path.glob
+
+    def finished_after(path, pattern):
+        found = list(glob(path, pattern))
+        if unfinished in found:
+            unfinished.rename(own / "part-000009")
+        return found
+
+    monkeypatch.setattr(Path, "glob", finished_after)
+    assert len(cached(tmp_path, KEY, 10, doubles([]), shard=4)) == 10
+    assert (own / "part-000009").is_dir()
+
+
+def test_a_file_in_the_caches_place_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "cache"):
+        with pytest.raises(MegError, match=r"--cache .* cannot be written: .*; choose another folder"):
+            cached(folder, KEY, 10, doubles([]), shard=4)
 
 
 def test_two_runs_may_fill_one_cache(tmp_path):

@@ -45,7 +45,7 @@ def test_timesteps_are_the_published_ones(steps):
     assert [int(after) for _, after in mine] == [*published_timesteps(steps)[1:], 0]
 
 
-def test_the_specification_s_examples():
+def test_windows_share_the_steps_the_noisier_ones_first():
     def timesteps(steps):
         return [int(perflow_timesteps(SCHED, steps, i)[0]) for i in range(steps)]
 

@@ -5,10 +5,13 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs import distill_decoder, distill_diffuser
 from megjax import flops
+from megjax.distill import diffuser
+from megjax.distill.cache import Block, cached
 from megjax.distill.decoder_run import DecoderConfig, decoder_distillation, narrowed, train_decoder
 from megjax.distill.diffuser import DiffuserConfig, distillation, train_diffuser
 from megjax.distill.encoding import STEPS
@@ -52,6 +55,16 @@ def test_the_students_weights_are_in_float32_whatever_computes(pipeline, fields)
     assert jax.tree.map(jnp.shape, student) == jax.tree.map(jnp.shape, teacher)
 
 
+def test_a_kernel_that_cannot_be_lowered_here_is_counted_by_its_model(pipeline, monkeypatch, tmp_path):
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    config = DiffuserConfig(attention="cudnn", dtype="bfloat16", batch=4, peak_flops_per_s=1e12)
+    teacher = jax.tree.map(lambda p: shape(*p.shape, dtype=config.dtype), pipeline.unet.shapes)
+    frozen = {"teacher": teacher, "empty": (shape(1, 32, 128), shape(1, 64))}
+    one = Block({k: np.zeros(v.shape, v.dtype) for k, v in rows(1).items()})
+    data = cached(tmp_path, {}, 1, lambda start, stop: one)
+    assert diffuser._work(config, pipeline, frozen, data).flops > 0
+
+
 def test_a_whole_way_needs_chained_windows(pipeline):
     config = DiffuserConfig(solve_once=True, chained=True, rollout=1.0, window_draws=(2, 2, 1, 1))
     program = distillation(config, pipeline)
@@ -82,6 +95,8 @@ def test_a_whole_way_needs_chained_windows(pipeline):
         ({"huber": 0.0}, "huber 0.0: above 0"),
         ({"dtype": "float15"}, "dtype float15: choose from float32, bfloat16, float16"),
         ({"attention": "foo"}, "attention foo: choose from"),
+        ({"window_draws": (1, 2)}, "window_draws (1, 2): one number"),
+        ({"window_draws": (1, 2, 1, 1), "solve_once": True, "chained": True}, "no window can have more"),
     ],
 )
 def test_settings_that_cannot_be_trained_with(pipeline, fields, message):

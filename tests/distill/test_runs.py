@@ -64,6 +64,15 @@ def test_a_student_is_distilled_resumed_and_used(tmp_path, backbone, fields):
     assert np.isfinite(generate(pipeline, Request("a red circle", steps=4)).image_HxWx3).all()
 
 
+def test_low_rank_changes_are_not_rounded_to_the_teachers_dtype(tmp_path, backbone):
+    first, _ = presets(distill_diffuser, tmp_path / "run", backbone, lora_rank=2, dtype="bfloat16")
+    pipeline = load_pipeline(train_diffuser(first))
+    change = load(first.folder / "unet_delta", pipeline.unet.shapes)
+    kernel = change["mid_block"]["resnets"]["0"]["conv1"]["kernel"]
+    values = np.linalg.svd(np.asarray(kernel, np.float64).reshape(-1, kernel.shape[-1]), compute_uv=False)
+    assert 0 < values[2] < 0.02 * values[0]
+
+
 def test_a_student_starts_from_another(tmp_path, backbone):
     fields = {"solve_once": True, "window_draws": (2, 1, 1, 1), "start_share": 0.5, "pure_noise": True}
     fields |= {"chained": True, "rollout": 1.0}
@@ -74,6 +83,12 @@ def test_a_student_starts_from_another(tmp_path, backbone):
     )
     same = load_pipeline(train_diffuser(on))
     jax.tree.map(np.testing.assert_array_equal, same.params["student"], trained.params["student"])
+    with pytest.raises(MegError, match="are of kind ddim_eps, this run is of velocity"):
+        train_diffuser(dataclasses.replace(first, kind="velocity"))
+    with pytest.raises(
+        MegError, match="a student of --kind ddim_eps --windows 4, this run is of ddim_eps, 2"
+    ):
+        train_diffuser(dataclasses.replace(on, folder=tmp_path / "other", windows=2, window_draws=(1, 1)))
     with pytest.raises(MegError, match="factors start from the teacher"):
         train_diffuser(dataclasses.replace(on, folder=tmp_path / "lora", lora_rank=2))
 

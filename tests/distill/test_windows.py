@@ -33,8 +33,8 @@ def examples(start, stop):
     return Block({"z0": Z0[start:stop], "text": text, "pooled": np.zeros((stop - start, 2), np.float16)})
 
 
-def solve(folder, draws, chained):
-    params = {"unet": {"w": jnp.array(0.6), "b": jnp.array(1.0)}}
+def solve(folder, draws, chained, w=0.6):
+    params = {"unet": {"w": jnp.array(w), "b": jnp.array(1.0)}}
     tiny = load_pipeline("tiny")
     toy = Toy(tiny.unet.config, None, {}, nnx.Module)
     pipeline = dataclasses.replace(tiny, unet=toy, params=params)
@@ -89,3 +89,9 @@ def test_a_window_ends_where_the_guided_teacher_takes_it(tmp_path):
 def test_a_chain_cannot_grow(tmp_path):
     with pytest.raises(MegError, match="no window can have more than the one before"):
         solve(tmp_path, (1, 1, 2, 1), chained=True)
+
+
+@pytest.mark.parametrize("w", [float("nan"), 1e9])
+def test_a_teacher_that_is_not_finite_is_not_kept(tmp_path, w):
+    with pytest.raises(MegError, match="z_e: not finite in float16"):
+        solve(tmp_path, (1, 1, 1, 1), chained=False, w=w)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from megjax.cli import main
+from megjax.cli.output import engineering
 from megjax.errors import MegError
 from megjax.pipeline import load_pipeline
 from tests.small import save_random
@@ -71,6 +72,36 @@ def test_image_to_image_and_contact_sheet(run, tmp_path):
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 5 * 128
         assert sheet.height > 4 * 128
+
+
+def test_a_grey_picture_of_16_bits_keeps_its_greys(tmp_path):
+    Image.fromarray(np.full((8, 8), 257 * 51, np.uint16)).save(tmp_path / "grey.png")
+    found = command._read_picture(tmp_path / "grey.png", (8, 8))
+    np.testing.assert_allclose(found, np.full((8, 8, 3), 0.2), atol=1e-6)
+
+
+@pytest.mark.parametrize("grid", [[], ["--grid"]])
+def test_any_file_name_is_printed_as_it_is(run, tmp_path, grid):
+    (tmp_path / "[").mkdir()
+    code, out, err = run("a red circle", "-o", "[/b].png", *(grid or ["--steps", "2"]))
+    assert not code
+    assert "[/b].png: " in out + err
+    assert (tmp_path / "[" / "b].png").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0 s"),
+        (0.0123, "12.3 ms"),
+        (4e-11, "0.04 ns"),
+        (5e7, "5e+04 ks"),
+        (float("inf"), "inf s"),
+        (float("nan"), "nan s"),
+    ],
+)
+def test_numbers_for_readers(value, text):
+    assert engineering(value, "s") == text
 
 
 @pytest.mark.parametrize(

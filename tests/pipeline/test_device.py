@@ -112,14 +112,19 @@ def test_int8_weights_are_a_quarter_and_their_pictures_nearly_the_same(tmp_path,
     mse = picture_mse(device, rounded)
     assert 0 < mse < 1e-4
     monkeypatch.chdir(tmp_path)
-    for name in ("same", "int8"):
-        args = ["megjax", "export-ue", "-o", f"{name}.stablehlo", "--weights", name, "--platforms", "cpu"]
+    (tmp_path / "[").mkdir()
+    # A name that would be markup is printed as it is.
+    files = {name: f"[/{name}].stablehlo" for name in ("same", "int8")}
+    for name, file in files.items():
+        args = ["megjax", "export-ue", "-o", file, "--weights", name, "--platforms", "cpu"]
         monkeypatch.setattr(sys, "argv", args)
         main()
-    assert f"an MSE of {mse:.2e}" in capsys.readouterr().out
-    sizes = {name: (tmp_path / f"{name}.stablehlo").stat().st_size for name in ("same", "int8")}
+    out = capsys.readouterr().out
+    assert f"an MSE of {mse:.2e}" in out
+    assert all(f"{file}: " in out for file in files.values())
+    sizes = {name: (tmp_path / file).stat().st_size for name, file in files.items()}
     assert sizes["int8"] < 0.35 * sizes["same"]
     content = carried(wire.decode(message(0.3)))
-    program = jax.export.deserialize(bytearray((tmp_path / "int8.stablehlo").read_bytes()))
+    program = jax.export.deserialize(bytearray((tmp_path / files["int8"]).read_bytes()))
     expected = receiver(rounded)(jax.tree.map(jnp.asarray, content))
     np.testing.assert_allclose(program.call(content), expected, atol=2e-5)

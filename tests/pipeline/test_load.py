@@ -9,11 +9,16 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
+from megjax.distill.decoder_run import narrowed
+from megjax.distill.export import copy_backbone, save_weights
 from megjax.distill.pruning import init_gate
 from megjax.errors import MegError, WeightsError
-from megjax.pipeline import load_pipeline
+from megjax.models import vae_decoder
+from megjax.pipeline import Request, generate, load_pipeline
 from megjax.pipeline.device import load_device
 from megjax.pipeline.load import EMBEDDED, GATE, read_gate
+from megjax.pipeline.split import decode, send
+from megjax.pipeline.workload import workload
 from tests.small import save_random
 
 
@@ -76,3 +81,25 @@ def test_what_a_killed_write_left_is_no_decoder(tmp_path):
     assert set(load_pipeline(model).params["decoders"]) == set(load_pipeline("tiny").params["decoders"])
     with pytest.raises(MegError, match="has vae, magnitude_pruning, meg"):
         load_device(model, decoder=".1234-meg")
+
+
+def test_a_thin_decoder_is_the_devices(folder, tmp_path):
+    whole = load_pipeline(folder)
+    narrow = vae_decoder(narrowed(whole.vae_decoder.config, 0.5))
+    assert narrow.config != whole.vae_decoder.config
+    params = narrow.init(jax.random.key(0))
+    save_weights(tmp_path / "meg", narrow, params)
+    copy_backbone(folder, tmp_path / "thin", {"decoders/meg": tmp_path / "meg"})
+    pipeline = load_pipeline(tmp_path / "thin")
+    sent = send(jax.random.key(1), jax.random.normal(jax.random.key(2), (1, 16, 16, 4)), 0.0, np.inf)
+    shown = decode(pipeline, pipeline.device_decoder, sent.z_BxHxWxC)
+    wanted = np.clip(narrow(pipeline.params["decoders"]["meg"], sent.z_BxHxWxC), 0.0, 1.0)
+    np.testing.assert_allclose(shown, wanted, atol=1e-6)
+    device = load_device(tmp_path / "thin")
+    assert device.decoder.config == narrow.config
+    assert workload(pipeline, (64, 64)).decoder_flops < workload(whole, (64, 64)).decoder_flops
+    assert np.isfinite(generate(pipeline, Request("a red circle", steps=4)).image_HxWx3).all()
+    edit(tmp_path / "thin" / "decoders" / "meg" / "config.json", latent_channels=8)
+    for load in (load_pipeline, load_device):
+        with pytest.raises(WeightsError, match="a decoder of 8 latent channels, 4 pixels each, does not fit"):
+            load(tmp_path / "thin")

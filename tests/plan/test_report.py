@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -150,12 +151,13 @@ def test_states_are_counted_as_they_are_cut():
         ("v5e", "give a chip"),
         ("v5e:4", "2 dimensions"),
         ("v5p:2x2", "3 dimensions"),
+        (f"v5e:4x{'4' * 5000}", r"4\.\.\.': give a chip"),
     ],
 )
 def test_an_unknown_topology_is_one_line(monkeypatch, capsys, name, reason):
     code, _, err = run(monkeypatch, capsys, "sdxl", "--topology", name)
     assert code == 2
-    assert reason in err
+    assert re.search(reason, err)
     assert len(err.splitlines()) == 1
     with pytest.raises(MegError, match=reason):
         parse(name)
@@ -180,10 +182,41 @@ def test_what_does_not_fit_exits_with_3(monkeypatch, capsys, tmp_path):
 
 def test_bad_numbers_are_one_line(monkeypatch, capsys, tmp_path):
     assert PlanConfig("tiny", "v5e:2x4").images == 1
-    for args in (("--images", "0"), ("--json", str(tmp_path / "no" / "plan.json"))):
+    for args in (
+        ("--images", "0"),
+        ("--tensor", "0"),
+        ("--fsdp", "0"),
+        ("--replicas", "-2"),
+        ("--json", str(tmp_path / "no" / "plan.json")),
+    ):
         code, _, err = run(monkeypatch, capsys, "tiny", "--topology", "v5e:2x4", *args)
         assert code == 2
+        assert args[0].removeprefix("--") in err
         assert len(err.splitlines()) == 1
+
+
+def test_the_batch_is_that_of_the_devices_whatever_axis_is_left_open(monkeypatch):
+    from megjax.cli import planning
+
+    pipeline, asked = programs.backbone("tiny", Options()), []
+
+    def lower(config, pipeline, devices):
+        asked.append(config)
+        return programs.Lowered(None, {}, 1)
+
+    monkeypatch.setattr(planning, "lower_training", lower)
+    for axes in ({}, {"tensor": -1, "fsdp": 1}, {"replicas": -1, "fsdp": 1}):
+        args = PlanConfig("tiny", "v5e:1x1", **axes)
+        planning._lowered(args, "train", pipeline, jax.devices()[:1], images=3)
+        assert asked[-1].batch == 3
+        assert (asked[-1].replicas, asked[-1].fsdp, asked[-1].tensor) == (
+            args.replicas,
+            args.fsdp,
+            args.tensor,
+        )
+    both = PlanConfig("tiny", "v5e:1x1", tensor=-1)
+    with pytest.raises(MegError, match="one of them -1 at most"):
+        planning._lowered(both, "train", pipeline, jax.devices()[:1], images=3)
 
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")

@@ -23,6 +23,19 @@ def finished(tmp_path_factory):
     return folder, run(folder, 5)
 
 
+def test_a_run_of_another_meaning_is_refused(tmp_path):
+    path = tmp_path / "student.run.json"
+    for _ in range(2):
+        checkpoints.claim(path, {"kind": "velocity", "windows": 4, "teacher": {"unet": "ab"}})
+    with pytest.raises(MegError, match="its checkpoints are of windows 4, this run is of 8; choose another"):
+        checkpoints.claim(path, {"kind": "velocity", "windows": 8, "teacher": {"unet": "ab"}})
+    with pytest.raises(MegError, match=r"are of teacher .*ab.*, this run is of None"):
+        checkpoints.claim(path, {"kind": "velocity", "windows": 4})
+    path.write_text("{")
+    with pytest.raises(MegError, match="not valid JSON"):
+        checkpoints.claim(path, {"kind": "velocity"})
+
+
 def files(step):
     return sorted(path.relative_to(step) for path in step.rglob("*") if path.is_file())
 

@@ -1,8 +1,10 @@
 """The loop: resuming with a position in the data, SIGTERM, steps that are not finite, logs and speed."""
 
+import dataclasses
 import json
 import os
 import signal
+import sys
 
 import chex
 import jax
@@ -11,11 +13,14 @@ import numpy as np
 import optax
 import pytest
 
+from megjax.distill.diffuser import DiffuserConfig
 from megjax.errors import MegError
 from megjax.training import logs
 from megjax.training.logs import Report, Work
+from megjax.training.loop import check_run
+from megjax.training.sharding import make_mesh
 from megjax.training.step import init_state, make_step
-from tests.training.runs import KEY, Counting, events, loss, records, run
+from tests.training.runs import KEY, OPTIMIZER, Counting, events, loss, records, run
 
 
 def test_an_interrupted_run_is_the_same_run(tmp_path):
@@ -72,6 +77,27 @@ def test_a_window_without_an_update_has_no_loss_and_is_not_the_best(tmp_path):
 def best(folder):
     losses = {r["step"]: r["loss"] for r in records(folder) if "loss" in r}
     return str(min(losses, key=losses.get))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"every": 0}, "every 0: at least 1"),
+        ({"keep": 0}, "keep 0: at least 1"),
+        ({"evaluate_every": -1}, "evaluate_every -1: at least 0"),
+        ({"seed": -1}, "seed -1: 0 to"),
+        ({"batch": 6, "accumulate": 4}, "batch 6: must be a multiple of 4"),
+        ({"tensorboard": True}, "tensorboardX is not installed"),
+        ({"keep": 10**15}, "checkpoints need"),
+    ],
+)
+def test_what_would_be_refused_after_the_data_is_refused_before(tmp_path, monkeypatch, fields, message):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    config = DiffuserConfig(folder=tmp_path / "run")
+    state = init_state({"x": jnp.ones(3)}, OPTIMIZER)
+    check_run(config, make_mesh(), "student", state)
+    with pytest.raises(MegError, match=message):
+        check_run(dataclasses.replace(config, **fields), make_mesh(), "student", state)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,13 @@ def pools(monkeypatch):
     return found
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_no_generator_takes_is_refused_at_once(tmp_path, seed):
+    with pytest.raises(MegError, match=f"seed {seed}: 0 to 4294967295 is allowed"):
+        pretrain.pretrain(dataclasses.replace(CONFIG, folder=tmp_path / "run", seed=seed))
+    assert not (tmp_path / "run").exists()
+
+
 def test_all_stages_end_in_a_backbone_that_generates(tmp_path, photos, pools):
     config = dataclasses.replace(CONFIG, folder=tmp_path)
     folder = pretrain.pretrain(config)

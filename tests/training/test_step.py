@@ -10,7 +10,7 @@ import pytest
 from megjax.errors import MegError
 from megjax.training.optimizer import make_optimizer
 from megjax.training.sharding import make_mesh, replicated, state_shardings
-from megjax.training.step import Inputs, init_state, make_step
+from megjax.training.step import Inputs, Share, init_state, make_step, scalars
 
 
 def linear(params, key, batch):
@@ -50,6 +50,22 @@ def test_parts_of_a_batch_have_keys_of_their_own_and_frozen_parameters_are_not_c
     expected = [jnp.mean(jax.random.normal(jax.random.fold_in(key, i), (2,))) for i in range(3)]
     assert len(set(map(float, expected))) == 3
     np.testing.assert_allclose(metrics["noise"], np.mean(expected), rtol=1e-6)
+
+
+def test_a_share_is_averaged_by_its_samples():
+    """Of parts without such samples nothing is counted, and of none at all nothing is said."""
+
+    def loss(params, key, kind_B):
+        big = kind_B == 2
+        share = Share(jnp.sum(jnp.where(big, 3.0, 0.0)), jnp.sum(big, dtype=jnp.float32))
+        return params, {"big": share, "none": Share(jnp.zeros(()), jnp.zeros(()))}
+
+    step = jax.jit(make_step(loss, optax.sgd(0.1), 0.9, accumulate=4))
+    state = init_state(jnp.ones(()), optax.sgd(0.1))
+    _, metrics = step(state, jax.random.key(0), jnp.array([2, 1, 1, 1, 2, 1, 1, 1]))
+    found = scalars(metrics, "in_")
+    assert found["in_big"] == pytest.approx(3.0)
+    assert "in_none" not in found
 
 
 def test_a_batch_that_does_not_divide_is_refused():
