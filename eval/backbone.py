@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ from rich.progress import track
 
 from eval.captions import Score, check
 from eval.prompts import draw, prompts_of
+from megjax.checks import LARGEST_SEED, within
 from megjax.data.grammar import captions
 from megjax.data.photos import HELD_OUT, load_photos, random_crops
 from megjax.data.render import render
 from megjax.data.scenes import Split, sample_scenes
 from megjax.errors import MegError, one_line_errors
 from megjax.files import writable, write_file
-from megjax.pipeline import Pipeline, load_pipeline
+from megjax.pipeline import Pipeline, Request, load_pipeline
+from megjax.pipeline import check as check_request
 from megjax.pipeline.split import decode
 
 
@@ -87,9 +90,14 @@ def main(config: Config) -> None:
         raise MegError(
             f"captions {config.captions}, batch {config.batch}: at least 1 caption, a multiple of the batch"
         )
+    within(config, 1, math.inf, "steps")
+    within(config, 0, LARGEST_SEED, "seed")
     if config.output is not None:
         writable(config.output)
     pipeline = load_pipeline(config.model)
+    check_request(
+        Request("", steps=config.steps, guidance=config.guidance, seed=config.seed, sampler="ddim"), pipeline
+    )
     size = pipeline.image_size
     scenes = render(sample_scenes(jax.random.key(config.seed), 500, "all"), size)
     crops = random_crops(load_photos(HELD_OUT), np.random.default_rng(config.seed), 100, size)

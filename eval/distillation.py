@@ -26,9 +26,10 @@ from jaxtyping import Array, Float
 from rich.progress import track
 
 from eval.captions import check
-from eval.prompts import Prompts, draw, prompts_of
+from eval.prompts import Prompts, draw, prompts_of, refuse_windows
 from eval.suite.methods import LABELS, PRUNINGS, Name, bits, level_at, method
 from megjax.allocator import keep_freed_memory
+from megjax.checks import LARGEST_SEED, within
 from megjax.data.grammar import captions
 from megjax.data.scenes import sample_scenes
 from megjax.errors import MegError, one_line_errors
@@ -38,6 +39,8 @@ from megjax.pipeline import Pipeline, load_pipeline
 from megjax.pipeline.split import Sampler, decode
 
 STEPS = (4, 6, 8, 10, 12)
+SYSTEM_STEPS = 7
+"""MEG's and the prunings' in the system view."""
 RATIOS = tuple(round(0.05 * i, 2) for i in range(20))
 SENT_RATIO = 0.4
 """MEG's in the comparison with pruning at equal bits."""
@@ -141,16 +144,16 @@ def decoders(pipeline: Pipeline, config: Config) -> dict[str, Any]:
             levels[name] = (level,)
     views: dict[str, dict[Name, tuple[int, ...]]] = {
         "compression": dict.fromkeys(levels, (12,)),
-        "system": {name: (8, 12) if name.startswith("split") else (7,) for name in levels},
+        "system": {name: (8, 12) if name.startswith("split") else (SYSTEM_STEPS,) for name in levels},
     }
     errors: dict[str, list[np.ndarray]] = {}
     for i in track(range(0, config.pictures, config.batch), "decoders"):
         key = jax.random.fold_in(jax.random.key(config.seed + 1), i)
         prompts, key_air = fresh_prompts(pipeline, key, config.batch)
-        latents = {T: draw(pipeline, prompts, "perflow", T, config.guidance) for T in (7, 8, 12)}
+        latents = {T: draw(pipeline, prompts, "perflow", T, config.guidance) for T in (SYSTEM_STEPS, 8, 12)}
         reference = decode(pipeline, frozen, latents[12])
-        floor = squared_errors(decode(pipeline, frozen, latents[7]), reference)
-        errors.setdefault("system/diffuser alone/T 7", []).append(floor)
+        floor = squared_errors(decode(pipeline, frozen, latents[SYSTEM_STEPS]), reference)
+        errors.setdefault(f"system/diffuser alone/T {SYSTEM_STEPS}", []).append(floor)
         for view, methods in views.items():
             for name, steps in methods.items():
                 for T, level in itertools.product(steps, levels[name]):
@@ -176,16 +179,45 @@ def refuse(config: Config) -> None:
     """Refuse what cannot be measured, before anything is.
 
     Raises:
-        MegError: captions or pictures that are not whole batches, or a file that cannot be written.
+        MegError: captions or pictures that are not whole batches or a single one, a seed out of range, or a
+            file that cannot be written.
     """
     counts = (config.captions, config.pictures)
-    if config.batch < 1 or min(counts) < 0 or any(count % config.batch for count in counts):
+    whole = config.batch >= 1 and not any(count % config.batch for count in counts)
+    if not whole or min(counts) < 0 or 1 in counts:
         raise MegError(
             f"captions {config.captions}, pictures {config.pictures}, batch {config.batch}: multiples of a "
-            "batch of at least 1, or 0 to leave a part out"
+            "batch of at least 1, 2 or more for an interval, or 0 to leave a part out"
         )
+    within(config, 0, LARGEST_SEED, "seed")
     if config.output is not None:
         writable(config.output)
+
+
+def refuse_model(pipeline: Pipeline, config: Config) -> None:
+    """Refuse a backbone that lacks what is to be measured: other weights would stand in for it.
+
+    Raises:
+        MegError: no student, one of too many windows, or decoders that are missing.
+    """
+    if not (config.captions or config.pictures):
+        return
+    params = pipeline.params
+    if "student" not in params:
+        raise MegError(
+            f"{pipeline.name}: has no student; distil one first (python -m train.distill_diffuser)"
+        )
+    refuse_windows(pipeline, min(STEPS) if config.captions else SYSTEM_STEPS)
+    decoders = params.get("decoders", {})
+    needed = ["meg", "split_finetune"]
+    # Magnitudes are pruned for either pruning's decoder.
+    needed += ["pruning"] if "gate" in params or "magnitude_pruning" not in decoders else []
+    missing = [name for name in needed if name not in decoders]
+    if config.pictures and missing:
+        raise MegError(
+            f"{pipeline.name}: has no decoder {', '.join(missing)}; distil it first "
+            "(python -m train.distill_decoder), or leave the decoders out with --pictures 0"
+        )
 
 
 @one_line_errors()
@@ -194,6 +226,7 @@ def main(config: Config) -> None:
     refuse(config)
     keep_freed_memory()
     pipeline = load_pipeline(config.model)
+    refuse_model(pipeline, config)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "output"}
     result: dict[str, Any] = {"settings": settings}
     if config.captions:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from megjax.diffusion import Conditioning
+from megjax.errors import MegError
 from megjax.pipeline import Pipeline
 from megjax.pipeline.split import Sampler, condition, denoise, unet_params
 from megjax.text import tokenize
@@ -22,6 +23,24 @@ class Prompts(NamedTuple):
     prompt: Conditioning
     empty: Conditioning
     noise_BxHxWxC: Float[Array, "B H W C"]
+
+
+def refuse_windows(pipeline: Pipeline, fewest: int) -> None:
+    """Refuse a student that would take the fewest steps to be measured as more, one a window.
+
+    Args:
+        pipeline: whose student, if it has one, draws.
+        fewest: steps to be measured.
+
+    Raises:
+        MegError: its windows are more.
+    """
+    windows = pipeline.flow.windows
+    if "student" in pipeline.params and windows > fewest:
+        raise MegError(
+            f"{pipeline.name}: its student has {windows} windows and draws in no fewer steps, and pictures "
+            f"of {fewest} steps are measured here; take a student of {fewest} windows at most"
+        )
 
 
 def prompts_of(pipeline: Pipeline, texts: Sequence[str], key: Key[Array, ""]) -> Prompts:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from eval.merging.curves import Curve, mse_at, ratio_to
 from eval.merging.methods import DEFAULT, TOMESD, Method, methods
+from megjax.checks import LARGEST_SEED, within
 from megjax.data.photos import HELD_OUT, load_photos, random_crops
 from megjax.data.render import render
 from megjax.data.scenes import sample_scenes
@@ -74,13 +75,14 @@ def run(config: MergingStudyConfig) -> dict[str, Any]:
     """Run the study; writes `results.json`, `table.md` and `merging-study.png` to `config.folder`.
 
     Raises:
-        MegError: fewer than two pictures of a kind, a batch below 1, a folder that cannot be written, or a
-            document that has no figures.
+        MegError: fewer than two pictures of a kind, a batch below 1, a seed out of range, a folder that
+            cannot be written, or a document that has no figures.
     """
     if min(config.scenes, config.crops) < 2 or config.batch < 1:
         raise MegError(
             f"{config.scenes} scenes, {config.crops} crops, batch {config.batch}: need 2 of each, 1 a batch"
         )
+    within(config, 0, LARGEST_SEED, "seed")
     writable_folder(config.folder, "folder")
     prose = None if config.document is None else prose_of(config.document)
     pipeline = load_pipeline(config.model)

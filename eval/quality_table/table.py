@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +20,13 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 from rich.progress import track
 
-from eval.prompts import draw, prompts_of
+from eval.prompts import draw, prompts_of, refuse_windows
+from megjax.checks import within
 from megjax.data.grammar import captions
 from megjax.data.scenes import sample_scenes
+from megjax.errors import MegError
 from megjax.link.features import FeatureRules
-from megjax.pipeline import Pipeline
+from megjax.pipeline import Pipeline, Request, check
 from megjax.pipeline.generate import REFERENCE_STEPS
 from megjax.pipeline.split import decode, noise_unit, send, unet_params
 from megjax.rl.quality import QualitySource, Table, decoded_mse, make_table
@@ -56,8 +60,45 @@ class Pictures(NamedTuple):
     reference_PxYxXx3: Float[Array, "P Y X 3"]
 
 
+def refuse(pipeline: Pipeline, config: QualityTableConfig) -> None:
+    """Refuse what cannot be measured as it would be recorded.
+
+    Args:
+        pipeline: to be measured.
+        config: what to measure.
+
+    Raises:
+        MegError: an axis that is empty or does not increase, values that the pipeline does not run with, or
+            no pictures or draws.
+    """
+    within(config, 1, math.inf, "pictures", "draws")
+    for name in ("steps", "ratios", "psnrs_db"):
+        axis = getattr(config, name)
+        increasing = all(low < high for low, high in itertools.pairwise(axis))
+        if not axis or not all(map(math.isfinite, axis)) or not increasing:
+            raise MegError(f"{name} {axis}: finite numbers that increase are allowed, at least one")
+    refuse_windows(pipeline, REFERENCE_STEPS)
+    for end in (0, -1):
+        request = Request(
+            "",
+            steps=config.steps[end],
+            ratio=config.ratios[end],
+            psnr_db=config.psnrs_db[end],
+            guidance=config.guidance,
+            seed=config.seed,
+            rules=config.rules,
+            tome_ratio=config.tome_ratio,
+        )
+        check(request, pipeline)
+
+
 def pictures(pipeline: Pipeline, config: QualityTableConfig) -> Pictures:
-    """Denoise every picture with every number of steps: one executable, one batch of pictures at a time."""
+    """Denoise every picture with every number of steps: one executable, one batch of pictures at a time.
+
+    Raises:
+        MegError: see `refuse`.
+    """
+    refuse(pipeline, config)
     key_scenes, key_noise = jax.random.split(jax.random.key(config.seed))
     texts = captions(sample_scenes(key_scenes, config.pictures, "all"))
     prompts, sampler = prompts_of(pipeline, texts, key_noise), unet_params(pipeline)[1]

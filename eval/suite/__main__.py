@@ -49,7 +49,7 @@ def _run(config: SuiteConfig) -> None:
 
         run(
             config,
-            say=progress.console.print,
+            say=lambda line: progress.console.print(line, markup=False),
             on_stage=lambda found: stage(found.name),
             on_share=lambda share, note: progress.update(
                 task, description=f"{current[0]}: {share:.0%}, {note}"

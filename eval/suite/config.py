@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
+from megjax.checks import LARGEST_SEED, within
 from megjax.errors import MegError
 from megjax.link.features import FeatureRules
 from megjax.link.profiles import load
@@ -112,6 +113,7 @@ def check(config: SuiteConfig) -> None:
             f"seeds {config.seeds}, cvpo_epochs {config.cvpo_epochs}, ppo_epochs {config.ppo_epochs}: "
             "at least 1 of each"
         )
+    within(config, 0, LARGEST_SEED, "seed")
     ratios = config.ratios
     increasing = all(a < b for a, b in itertools.pairwise(ratios))  # which NaN is not
     if len(ratios) < 2 or not increasing or ratios[0] < 0 or ratios[-1] > 15 / 16:

@@ -18,8 +18,9 @@ import numpy as np
 from jaxtyping import Array
 
 import megjax
+from eval.prompts import refuse_windows
 from eval.suite import cache, methods
-from eval.suite.config import SuiteConfig
+from eval.suite.config import MIN_STEPS, SuiteConfig
 from megjax import weights
 from megjax.data.grammar import captions
 from megjax.data.scenes import sample_scenes
@@ -65,9 +66,11 @@ class Context:
 
     @functools.cached_property
     def pipeline(self) -> Pipeline:
-        """The model under test."""
+        """The model under test; raises `MegError` for one that does not run with so few steps."""
         dtype = jnp.dtype(self.config.dtype)
-        return load_pipeline(self.config.model, Options(dtype=dtype, param_dtype=dtype))
+        loaded = load_pipeline(self.config.model, Options(dtype=dtype, param_dtype=dtype))
+        refuse_windows(loaded, MIN_STEPS)
+        return loaded
 
     @functools.cached_property
     def versions(self) -> dict[str, str]:

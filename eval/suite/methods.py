@@ -1,4 +1,4 @@
-"""The baselines (spec section 9): which token merging, message and decoder each of them is made of."""
+"""The baselines: which token merging, message and decoder each of them is made of."""
 
 from __future__ import annotations
 

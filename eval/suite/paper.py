@@ -14,7 +14,7 @@ class Row(NamedTuple):
     method: Name | None
     """None is centralised generation."""
     steps: int
-    """Inferred where the text lost it (spec section 2)."""
+    """Inferred from the other figures where the text lost it."""
     ratio: float
     tome: bool
     mse: float
@@ -47,4 +47,4 @@ SDXL_FLOPS = {
     "unet_call_tome_flops": 5.73e12,
     "vae_decoder_flops": 10.5e12,
 }
-"""Derived for 1024 x 1024 (spec section 2): the check of the counts."""
+"""Derived for 1024 x 1024: the check of the counts."""

@@ -23,7 +23,7 @@ from megjax.pipeline.load import Pipeline
 from megjax.pipeline.workload import workload
 
 TABLE2_RATE_BPS = 0.83235e6
-"""The mean rate that all of Table II's transmission figures follow from (spec section 2)."""
+"""The mean rate that all of Table II's transmission figures follow from."""
 
 SDXL_LATENT = (UNetConfig().sample_size, UNetConfig().sample_size, VAEConfig().latent_channels)
 SDXL_PICTURE = (VAEConfig().sample_size, VAEConfig().sample_size)

@@ -65,7 +65,7 @@ PAPER_PPO = dataclasses.replace(
     ),
     squash="tanh",
 )
-"""The authors' PPO-Lagrangian (spec section 8) as MegJAX reads it, over as many frames as their MEG-CVPO.
+"""The authors' PPO-Lagrangian, Eq. (24), as MegJAX reads it, over as many frames as their MEG-CVPO.
 
 FSRL's gains (0.05, 0.0005, 0.1) act on an episode's sum less its limit, 64 (J - d), those of `Pid` on
 (J - d) / d. One factor serves all limits: exact at 3 s, and within a factor of 3 for the other limits of

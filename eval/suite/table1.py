@@ -1,4 +1,4 @@
-"""Table I: the parameters in force, the specification's, and where these are from."""
+"""Table I: the parameters in force, the paper's, and where these are from."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def _about(context: Context, rows: tuple[Entry, ...], tome_psnr: float) -> str:
         f"{pruning_said(context, pruned.name)} Token merging inside the U-Net "
         f"alone changes the reference by {tome_psnr:.1f} dB PSNR. Settings of steps and ratios that the "
         "paper's "
-        "text does not state are inferred from its figures (spec section 2)."
+        "text does not state are inferred from its figures."
     )
 
 

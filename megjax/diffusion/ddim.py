@@ -50,7 +50,7 @@ How another solver spaces its steps (`use_karras_sigmas`) says nothing of the mo
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["abar"], meta_fields=["spacing", "offset"])
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """SDXL's scaled-linear schedule, spec section 4.
+    """SDXL's scaled-linear schedule, the abar of Eq. (10).
 
     Args:
         abar: cumulative product of 1 - beta, (1000,); abar[t] is the signal's share of power at timestep t.

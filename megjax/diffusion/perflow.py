@@ -74,7 +74,7 @@ def window_edges(
 
     Args:
         sched: the schedule, of S timesteps.
-        t: timesteps from 1 to S, where S is pure noise (the spec's t times 1000).
+        t: timesteps from 1 to S, where S is pure noise.
         windows: K.
 
     Returns:
@@ -86,7 +86,7 @@ def window_edges(
 
 
 def signal_power(sched: Schedule, t: Int[Array, "*b"]) -> Float[Array, "*b"]:
-    """abar at time t / S of section 4: abar[t - 1], and abar[0] at t = 0."""
+    """abar at time t / S: abar[t - 1], and abar[0] at t = 0."""
     return sched.abar[jnp.maximum(t - 1, 0)]
 
 

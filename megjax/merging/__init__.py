@@ -1,4 +1,4 @@
-"""Token merging (spec section 5): match, merge, unmerge as pure functions with an explicit key and plan."""
+"""Token merging, Eqs. (15)-(18) and (20): match, merge, unmerge as pure functions, explicit key and plan."""
 
 from megjax.link.counts import Grid, Rounds, merged_counts
 from megjax.merging.layout import Layout, from_tokens, to_tokens, token_grid

@@ -1,4 +1,4 @@
-"""Latents as tokens and back: 2 x 2 patches, or the authors' strips of four pixels (spec section 5)."""
+"""Latents as tokens and back: 2 x 2 patches, or the authors' strips of four pixels."""
 
 from __future__ import annotations
 

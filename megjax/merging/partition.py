@@ -1,4 +1,4 @@
-"""The random partition: one destination in every 2 x 2 cell of tokens, the rest sources (spec section 5)."""
+"""The random partition: one destination in every 2 x 2 cell of tokens, the rest sources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ToMe for speed: the operator around the U-Net's self-attention (spec section 5; Bolya and Hoffman 2023)."""
+"""ToMe for speed: the operator around the U-Net's self-attention (Bolya and Hoffman 2023)."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere():
 
 INNER = """
     cli plan training weights
-    allocator checks compilation files hlo data.loader data.tokenizer
+    allocator checks compilation files hlo data.loader data.pictures data.tokenizer
     models.layers models.layout models.placement distill.cache distill.encoding distill.windows
     serve.account serve.app serve.metrics serve.picture serve.server
 """

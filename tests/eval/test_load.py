@@ -31,9 +31,22 @@ def test_this_machine_has_several_addresses():
         assert Config(server=server).server == server
 
 
-@pytest.mark.parametrize("change", [{"requests": 0}, {"clients": 1000}, {"steps": (6, 4)}, {"most_s": 1e9}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"requests": 0},
+        {"clients": 1000},
+        {"steps": (6, 4)},
+        {"most_s": 1e9},
+        {"patience_s": float("nan")},
+        {"patience_s": -1.0},
+        {"psnr_db": float("nan")},
+        {"seed": -1},
+        {"seed": 2**32},
+    ],
+)
 def test_it_is_bounded(change):
-    with pytest.raises(MegError):
+    with pytest.raises(MegError, match=next(iter(change))):
         Config(**change)
 
 
@@ -88,8 +101,9 @@ def test_wrong_answers_are_counted(monkeypatch):
     """Right, one level off, far off, and a message of another batch size."""
 
     class Pipeline:
-        image_size, vae_decoder, device_decoder = 64, None, None
+        image_size = 64
 
+    monkeypatch.setattr(verifying, "device_of", lambda *_: None)
     pictures = {b"a1": 0.5, b"a8": 0.5, b"b1": 0.5, b"b8": 0.52, b"bad": 0.9}
     monkeypatch.setattr(
         verifying, "viewer", lambda _: lambda message, *_: np.full((2, 2, 3), pictures[message])

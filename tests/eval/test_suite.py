@@ -45,6 +45,7 @@ def test_every_preset_is_allowed_under_all_rules(preset, rules, physical):
         (["--pictures", "7"], "pictures 7, batch 32: at least 2 pictures, a multiple of the batch"),
         (["--ratios", "0.5", "0.1"], "ratios (0.5, 0.1): at least two, increasing"),
         (["--ratios", "0", "nan"], "ratios (0.0, nan): at least two, increasing"),
+        (["--seed", "-1"], "seed -1: 0 to 4294967295 is allowed"),
         (["--guidance", "nan"], "guidance nan: finite numbers from 0 on are allowed"),
         (["--profile", "nope"], "unknown hardware profile 'nope'"),
         (["--prompts", "nope.txt", "--only", "fig4"], "nope.txt cannot be read"),
@@ -158,6 +159,13 @@ def test_every_method_meets_every_length_it_is_compared_at(rules, beyond_meg):
 @pytest.fixture(scope="module")
 def tiny():
     return load_pipeline("tiny")
+
+
+def test_a_student_of_more_windows_than_steps_is_refused(tiny, tmp_path, monkeypatch):
+    student = dataclasses.replace(tiny, flow=tiny.flow._replace(windows=5))
+    monkeypatch.setattr("eval.suite.context.load_pipeline", lambda *args: student)
+    with pytest.raises(MegError, match=r"its student has 5 windows .* of 4 steps are measured"):
+        _ = Context(SuiteConfig(out=tmp_path)).pipeline
 
 
 def test_without_a_gate_only_magnitudes_are_pruned_and_their_map_is_charged(tiny, tmp_path):

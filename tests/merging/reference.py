@@ -1,4 +1,4 @@
-"""Spec section 5 in plain loops: an independent reference for matching, merging and unmerging."""
+"""Eqs. (15)-(18) and (20) in plain loops: an independent reference for matching, merging and unmerging."""
 
 import numpy as np
 
