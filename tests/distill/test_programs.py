@@ -53,6 +53,9 @@ def test_the_students_weights_are_in_float32_whatever_computes(pipeline, fields)
     assert {"loss", "grad_norm", "skipped", "window_0", "window_3"} <= metrics.keys()
     student = jax.eval_shape(program.student, program.state.ema, teacher)
     assert jax.tree.map(jnp.shape, student) == jax.tree.map(jnp.shape, teacher)
+    # Exported from the teacher in float32, whose own dtype would round small changes away.
+    exported = jax.eval_shape(program.student, program.state.ema, pipeline.unet.shapes)
+    assert {leaf.dtype for leaf in jax.tree.leaves(exported)} == {jnp.dtype("float32")}
 
 
 def test_a_kernel_that_cannot_be_lowered_here_is_counted_by_its_model(pipeline, monkeypatch, tmp_path):

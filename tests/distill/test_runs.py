@@ -64,15 +64,6 @@ def test_a_student_is_distilled_resumed_and_used(tmp_path, backbone, fields):
     assert np.isfinite(generate(pipeline, Request("a red circle", steps=4)).image_HxWx3).all()
 
 
-def test_low_rank_changes_are_not_rounded_to_the_teachers_dtype(tmp_path, backbone):
-    first, _ = presets(distill_diffuser, tmp_path / "run", backbone, lora_rank=2, dtype="bfloat16")
-    pipeline = load_pipeline(train_diffuser(first))
-    change = load(first.folder / "unet_delta", pipeline.unet.shapes)
-    kernel = change["mid_block"]["resnets"]["0"]["conv1"]["kernel"]
-    values = np.linalg.svd(np.asarray(kernel, np.float64).reshape(-1, kernel.shape[-1]), compute_uv=False)
-    assert 0 < values[2] < 0.02 * values[0]
-
-
 def test_a_student_starts_from_another(tmp_path, backbone):
     fields = {"solve_once": True, "window_draws": (2, 1, 1, 1), "start_share": 0.5, "pure_noise": True}
     fields |= {"chained": True, "rollout": 1.0}
