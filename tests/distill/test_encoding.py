@@ -27,5 +27,5 @@ def test_a_decoder_that_overflows_is_not_cached_as_black_pictures(tmp_path, monk
 
     np.testing.assert_array_equal(rows("good")[1]["picture"], np.full((64, 64, 3), 128, np.uint8))
     picture = picture.at[1, 3, 4, 0].set(jnp.nan)
-    with pytest.raises(MegError, match="picture: not finite in float32; run the encoders in another --dtype"):
+    with pytest.raises(MegError, match="picture: not finite in float32; compute in another --dtype"):
         rows("bad")

@@ -97,7 +97,7 @@ def test_a_thin_decoder_is_the_devices(folder, tmp_path):
     np.testing.assert_allclose(shown, wanted, atol=1e-6)
     device = load_device(tmp_path / "thin")
     assert device.decoder.config == narrow.config
-    assert workload(pipeline, (64, 64)).decoder_flops < workload(whole, (64, 64)).decoder_flops
+    assert workload(pipeline, (64, 64)).vae_decoder_flops < workload(whole, (64, 64)).vae_decoder_flops
     assert np.isfinite(generate(pipeline, Request("a red circle", steps=4)).image_HxWx3).all()
     edit(tmp_path / "thin" / "decoders" / "meg" / "config.json", latent_channels=8)
     for load in (load_pipeline, load_device):
