@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from megjax.checks import within
+from megjax.checks import LARGEST_SEED, within
 from megjax.errors import MegError
 from megjax.training.checkpoints import (
     Position,
@@ -209,7 +209,7 @@ def check_run(config: Any, mesh: Mesh, name: str, state: TrainState) -> None:
     """
     within(config, 1, math.inf, "every", "checkpoint_every", "keep")
     within(config, 0, math.inf, "evaluate_every")
-    within(config, 0, 2**32 - 1, "seed")
+    within(config, 0, LARGEST_SEED, "seed")
     check_batch(config.batch, config.accumulate, mesh)
     if config.tensorboard:
         summary_writer()
