@@ -27,7 +27,7 @@ def within(config: Any, low: int | float, high: int | float, *names: str) -> Non
     for name in names:
         given = getattr(config, name)
         for value in given if isinstance(given, tuple) else (given,):
-            if value is not None and not (math.isfinite(value) and low <= value <= high):
+            if value is not None and not (low <= value <= high and value < math.inf):
                 allowed = f"at least {_said(low)}" if math.isinf(high) else f"{_said(low)} to {_said(high)}"
                 raise MegError(f"{name} {given}: {allowed} is allowed")
 
@@ -40,7 +40,7 @@ def above(config: Any, low: int | float, *names: str) -> None:
     """
     for name in names:
         value = getattr(config, name)
-        if value is not None and not (math.isfinite(value) and value > low):
+        if value is not None and not low < value < math.inf:
             raise MegError(f"{name} {value}: above {low:g} is allowed")
 
 

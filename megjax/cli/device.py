@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megjax.checks import LARGEST_SEED, within
 from megjax.cli.output import engineering, png_output, save, to_uint8
 from megjax.errors import MegError
 from megjax.models import Options
@@ -89,8 +90,7 @@ def device_command(args: tyro.conf.OmitArgPrefixes[Device]) -> None:
     output = png_output(args.output)
     if (args.height is None) != (args.width is None):
         raise MegError("height and width: give both or neither")
-    if not 0 <= args.seed < 2**32:
-        raise MegError(f"seed {args.seed}: from 0 to {2**32 - 1} are allowed")
+    within(args, 0, LARGEST_SEED, "seed")
     if not args.patience_s >= 0:  # NaN, too, would wait for ever
         raise MegError(f"patience_s {args.patience_s}: a number from 0 on is allowed")
     size = None if args.height is None or args.width is None else (args.height, args.width)

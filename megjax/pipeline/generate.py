@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from megjax.checks import LARGEST_SEED, within
 from megjax.errors import MegError
 from megjax.link.features import FeatureRules
 from megjax.link.payload import payload_bits
@@ -113,8 +114,7 @@ def check(request: Request, pipeline: Pipeline) -> None:
         raise MegError(f"guidance {request.guidance}: finite numbers from 0 on are allowed")
     if not 0 < request.strength <= 1:
         raise MegError(f"strength {request.strength}: above 0, up to 1 is allowed")
-    if not 0 <= request.seed < 2**32:
-        raise MegError(f"seed {request.seed}: from 0 to {2**32 - 1} are allowed")
+    within(request, 0, LARGEST_SEED, "seed")
     # Two latent pixels a token, and every level of the U-Net halves them once more.
     multiple = pipeline.vae_decoder.config.downsampling * 2 ** max(
         1, len(pipeline.unet.config.block_out_channels) - 1

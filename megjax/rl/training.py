@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import AxisType, PartitionSpec
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megjax.checks import within
+from megjax.checks import LARGEST_SEED, within
 from megjax.errors import MegError
 from megjax.files import replacing, writable_folder, write_file
 from megjax.link import profiles
@@ -366,9 +366,7 @@ def _check(config: PolicyRunConfig) -> None:
             raise MegError(f"limits {pair}: a mean latency (s) and energy (kJ), finite and above 0")
     if len(set(config.limits)) < len(config.limits) or len(set(config.seeds)) < len(config.seeds):
         raise MegError("limits and seeds: each may be given once")
-    for seed in config.seeds:
-        if not 0 <= seed < 2**32:
-            raise MegError(f"seed {seed}: from 0 to {2**32 - 1} are allowed")
+    within(config, 0, LARGEST_SEED, "seeds")
     within(config, 1, math.inf, "chunks", "checkpoint_every", "episodes")
     if not np.isfinite(config.psnr_db):
         raise MegError(f"psnr_db {config.psnr_db}: must be a finite number")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from megjax.checks import LARGEST_SEED
 from megjax.link import channel
 
 PAPER_RATE_BPS = float(channel.rate_bps(channel.snr(250.0)))
@@ -40,7 +41,7 @@ class GenerateRequest(_Strict):
 
     prompt: str = Field(min_length=1, max_length=1000)
     negative_prompt: str = Field(default="", max_length=1000)
-    seed: int = Field(default=0, ge=0, lt=2**32, description="of the noise and the partition")
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="of the noise and the partition")
     height: int | None = Field(default=None, ge=1, le=65536, description="pixels; the model's own")
     width: int | None = Field(default=None, ge=1, le=65536, description="likewise")
     steps: int | None = Field(default=None, ge=1, le=1000, description="denoising steps T")

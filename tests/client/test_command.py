@@ -130,7 +130,7 @@ def test_the_token_comes_from_the_command_line_or_the_environment(run, monkeypat
         (["--psnr-db", "3"], "add --emulate paper"),
         (["--emulate", "paper", "--distance-m", "0"], "from 1 to 100000 m"),
         (["--emulate", "paper", "--psnr-db", "nan"], "psnr_db nan"),
-        (["--seed", "-1"], "from 0 to 4294967295"),
+        (["--seed", "-1"], "seed -1: 0 to 4294967295"),
         (["--height", "64"], "both or neither"),
     ],
 )

@@ -110,29 +110,32 @@ def our_block(name):
     return module
 
 
+@pytest.fixture(scope="module")
+def made():
+    pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    return importlib.import_module("tests.models.make_references")
+
+
+@pytest.fixture(scope="module")
+def live(made):
+    return made.references()
+
+
+@pytest.fixture(scope="module")
+def live_blocks(made):
+    return made.blocks()
+
+
 @pytest.mark.parity
 class TestLive:
-    @pytest.fixture(scope="class")
-    def made(self):
-        pytest.importorskip("torch")
-        pytest.importorskip("diffusers")
-        return importlib.import_module("tests.models.make_references")
-
-    @pytest.fixture(scope="class")
-    def live(self, made):
-        return made.references()
-
-    @pytest.fixture(scope="class")
-    def blocks(self, made):
-        return made.blocks()
-
     @pytest.mark.parametrize("name", NAMES)
     def test_live_references(self, name, live):
         check(name, live)
 
     @pytest.mark.parametrize("name", cases.BLOCKS)
-    def test_live_blocks(self, name, blocks):
-        inputs, expected = blocks[name]
+    def test_live_blocks(self, name, live_blocks):
+        inputs, expected = live_blocks[name]
         # An odd picture tells the upsampler its size.
         size = [expected.shape[1:3]] if "upsamplers" in name else []
         assert distance(our_block(name)(*map(jnp.asarray, inputs), *size), expected) <= BOUND

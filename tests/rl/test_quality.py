@@ -165,7 +165,7 @@ def backbone(tmp_path_factory):
         ({"draws": 0}, "draws 0: at least 1"),
         ({"pictures": 0}, "pictures 0: at least 1"),
         ({"seed": -1}, "seed -1"),
-        ({"seed": 99999999999999999999}, "seed 99999999999999999999: from 0 to 4294967295"),
+        ({"seed": 99999999999999999999}, "seed 99999999999999999999: 0 to 4294967295"),
     ],
 )
 def test_what_would_be_recorded_wrong_is_refused_before_anything_is_measured(
