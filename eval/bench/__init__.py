@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,31 +47,53 @@ def alternate(module: str, sides: tuple[str, str], rounds: int, *, core: int, ar
     Each run is a fresh process that prints its result as one line of JSON, the last line that it prints.
 
     Raises:
-        MegError: fewer than one round.
+        MegError: fewer than one round, or see `child`.
     """
     if rounds < 1:
         raise MegError(f"rounds {rounds}: from 1 up")
     results = []
     with tempfile.TemporaryDirectory() as cache:
-        env = os.environ | {
+        env = {
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": cache,
             "OMP_NUM_THREADS": "1",
             "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
         }
         for side in sides * rounds:
-            command = [sys.executable, "-m", module, "--side", side, *args]
-            run = subprocess.run(
-                command,
-                env=env,
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-                preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-            )
-            results.append({"side": side} | json.loads(run.stdout.splitlines()[-1]))
+            text = child(module, "--side", side, *args, env=env, core=core)
+            results.append({"side": side} | json.loads(text.splitlines()[-1]))
             print(results[-1], flush=True)
     return results
+
+
+def child(
+    module: str, *args: str, env: Mapping[str, str], core: int | None = None, show: bool = False
+) -> str:
+    """Run `python -m module` in a process of its own and return what it prints.
+
+    Args:
+        module: to run.
+        args: of its command line.
+        env: variables besides this process's.
+        core: the only one that it may use.
+        show: let it print here instead, and return nothing.
+
+    Raises:
+        MegError: there is no such core, or the process fails, which says why itself.
+    """
+    if core is not None and core not in os.sched_getaffinity(0):
+        allowed = ", ".join(map(str, sorted(os.sched_getaffinity(0))))
+        raise MegError(f"core {core}: this process may use {allowed}")
+    done = subprocess.run(
+        [sys.executable, "-m", module, *args],
+        env=os.environ | env,
+        stdout=None if show else subprocess.PIPE,
+        text=True,
+        preexec_fn=None if core is None else lambda: os.sched_setaffinity(0, {core}),
+    )
+    if done.returncode:
+        raise MegError(f"python -m {module} ended with exit code {done.returncode}")
+    return done.stdout or ""
 
 
 def ratios(results: list[dict], field: str) -> list[float]:

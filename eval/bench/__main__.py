@@ -23,10 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -34,7 +31,7 @@ from typing import Any, Literal, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from eval.bench import save, start
+from eval.bench import child, save, start
 
 Name = Literal["merge", "decode", "generate", "step", "policy", "unet", "load", "compile"]
 USUAL: tuple[Name, ...] = ("merge", "decode", "generate", "step", "policy")
@@ -101,19 +98,14 @@ def run(config: Config, name: Name) -> dict[str, Any]:
         "compile": ("compile_tpu", [f"--core={config.core}"]),
     }[name]
     # The policy's comparison pins nothing by itself.
-    env = os.environ | {
+    env = {
         "JAX_PLATFORMS": "cpu",
         "OMP_NUM_THREADS": "1",
         "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "report.json")
-        subprocess.run(
-            [sys.executable, "-m", f"eval.bench.{module}", *args, f"--json={path}"],
-            env=env,
-            check=True,
-            preexec_fn=lambda: os.sched_setaffinity(0, {config.core}),
-        )
+        child(f"eval.bench.{module}", *args, f"--json={path}", env=env, core=config.core, show=True)
         return json.loads(path.read_text())
 
 

@@ -15,14 +15,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.bench import save, start, timed
+from eval.bench import child, save, start, timed
 from megjax.errors import MegError
 
 Side = Literal["megjax", "flax-diffusers"]
@@ -82,22 +79,16 @@ def main(config: Config) -> None:
 
 def run(config: Config, side: Side) -> dict[str, float]:
     """Compile one side in a fresh process; libtpu takes one compilation at a time on a machine."""
-    env = os.environ | {
+    env = {
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "0",
     }
     args = [f"--{name}={getattr(config, name)}" for name in ("program", "topology", "latent", "batch")]
     args += [f"--{'' if getattr(config, name) else 'no-'}{name}" for name in ("tuned", "quick")]
     args += [] if config.hlo is None else [f"--hlo={config.hlo}"]
-    child = subprocess.run(
-        [sys.executable, "-m", "eval.bench.compile_tpu", "--side", side, *args],
-        env=env,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        preexec_fn=None if config.core < 0 else lambda: os.sched_setaffinity(0, {config.core}),
-    )
-    return json.loads(child.stdout.splitlines()[-1])
+    core = None if config.core < 0 else config.core
+    text = child("eval.bench.compile_tpu", "--side", side, *args, env=env, core=core)
+    return json.loads(text.splitlines()[-1])
 
 
 def compiled(config: Config, fn: Callable[..., Any], args: tuple) -> dict[str, float]:

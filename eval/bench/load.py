@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import resource
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from eval.bench import save, start, timed
+from eval.bench import child, save, start, timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +44,8 @@ def main(config: Config) -> None:
         return
     with tempfile.TemporaryDirectory(dir=config.folder) as folder:
         write(Path(folder), config.shard_gb)
-        command = [sys.executable, "-m", "eval.bench.load", "--load", folder]
-        env = os.environ | {"JAX_PLATFORMS": "cpu"}
-        child = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
-        figures = json.loads(child.stdout.splitlines()[-1])
+        text = child("eval.bench.load", "--load", folder, env={"JAX_PLATFORMS": "cpu"})
+        figures = json.loads(text.splitlines()[-1])
         size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
     figures |= {"checkpoint_gb": size / 1e9, "peak_over_size": figures["peak_gb"] * 1e9 / size}
     print(json.dumps(figures))

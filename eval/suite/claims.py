@@ -276,14 +276,14 @@ def learned(context: Context) -> list[Claim]:
     loose, middle, tight = learning.LATENCY
     for key, label in LEARNERS.items():
         limit(f"{label} keeps the loose latency limit", "V-B2, Fig. 6", key, [loose], kept=True)
-    better = mse["cvpo"][loose].mean() / mse["ppo"][loose].mean()
+    better = _seeds_ratio(mse["cvpo"][loose], mse["ppo"][loose])
     claims.append(
         Claim(
             "At the loose limit MEG-CVPO reaches higher quality than PPO-Lagrangian",
             "V-B2, Fig. 6",
-            [_value("its MSE over PPO-Lagrangian's", number(better, "measured"))],
-            "the ratio of the seeds' means is below 1",
-            _verdict(better < 1),
+            [_value("its MSE over PPO-Lagrangian's", interval(better, "measured"))],
+            "any of its seeds has a lower MSE than any of PPO-Lagrangian's",
+            _verdict(better.high < 1),
         )
     )
     frames: dict[Learner, list[float]] = {key: _settled(own, loose) for key, own in trained.items()}
@@ -308,14 +308,14 @@ def learned(context: Context) -> list[Claim]:
     limit("MEG-CVPO keeps the middle latency limit", "V-B2, Fig. 6", "cvpo", [middle], kept=True)
     limit("MEG-CVPO keeps the tight latency limit", "V-B2, Fig. 6", "cvpo", [tight], kept=True)
     limit("PPO-Lagrangian violates the tight latency limit", "V-B2, Fig. 6", "ppo", [tight], kept=False)
-    worse = mse["cvpo"][tight].mean() / mse["ppo"][tight].mean()
+    worse = _seeds_ratio(mse["cvpo"][tight], mse["ppo"][tight])
     claims.append(
         Claim(
             "At the tight limit MEG-CVPO's MSE is much higher than PPO-Lagrangian's",
             "V-B2, Fig. 6",
-            [_value("its MSE over PPO-Lagrangian's", number(worse, "measured"))],
-            f"the ratio of the seeds' means is at least {COMPARABLE:g}",
-            _verdict(worse >= COMPARABLE),
+            [_value("its MSE over PPO-Lagrangian's", interval(worse, "measured"))],
+            f"any of its seeds has at least {COMPARABLE:g} times the MSE of any of PPO-Lagrangian's",
+            _verdict(worse.low >= COMPARABLE),
         )
     )
     limit("MEG-CVPO keeps every energy budget", "V-B2, Fig. 7", "cvpo", learning.ENERGY, kept=True)
@@ -328,14 +328,16 @@ def learned(context: Context) -> list[Claim]:
     )
     over: dict[Learner, Any] = {key: _excess(found, own, energy=True) for key, own in trained.items()}
     gaps: dict[Learner, float] = {
-        key: float(np.mean([np.mean(np.abs(own[i])) for i in learning.ENERGY])) for key, own in over.items()
+        # The loose budget binds nobody.
+        key: float(np.mean([np.mean(np.abs(own[i])) for i in learning.ENERGY[1:]]))
+        for key, own in over.items()
     }
     claims.append(
         Claim(
             "MEG-CVPO's energy is closer under its budget than PPO-Lagrangian's",
             "V-B2, Fig. 7",
             [_value(LEARNERS[k], number(v, "modelled", "% away")) for k, v in gaps.items()],
-            "its mean absolute gap over seeds and budgets is smaller, and it keeps them",
+            "its mean absolute gap over seeds and the two budgets that bind is smaller, and it keeps all",
             _verdict(gaps["cvpo"] < gaps["ppo"] and max(max(v) for v in over["cvpo"].values()) <= WITHIN),
         )
     )
@@ -384,6 +386,15 @@ def _settled(trained: Any, limit: int) -> list[float]:
         first = outside[-1] + 1 if len(outside) else 0
         found.append(run["epochs"][first] * trained["frames_per_epoch"] / 1e6)
     return found
+
+
+def _seeds_ratio(values: np.ndarray, over: np.ndarray) -> Interval:
+    """Return the ratio of two sets of seeds' means, between those of their best and worst."""
+    return Interval(
+        float(values.mean() / over.mean()),
+        float(values.min() / over.max()),
+        float(values.max() / over.min()),
+    )
 
 
 def _span(values: Sequence[float]) -> Interval:

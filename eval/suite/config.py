@@ -12,6 +12,7 @@ from megjax.checks import LARGEST_SEED, within
 from megjax.errors import MegError
 from megjax.link.features import FeatureRules
 from megjax.link.profiles import load
+from megjax.rl.problem import largest_ratio
 
 Physical: TypeAlias = Literal["sdxl", "tiny"]
 """Whose bits and FLOPs are charged: full SDXL's at 1024 x 1024, or those of the model that draws."""
@@ -116,8 +117,10 @@ def check(config: SuiteConfig) -> None:
     within(config, 0, LARGEST_SEED, "seed")
     ratios = config.ratios
     increasing = all(a < b for a, b in itertools.pairwise(ratios))  # which NaN is not
-    if len(ratios) < 2 or not increasing or ratios[0] < 0 or ratios[-1] > 15 / 16:
-        raise MegError(f"ratios {ratios}: at least two, increasing, from 0 to 0.9375 are allowed")
+    most = largest_ratio(config.rules)
+    if len(ratios) < 2 or not increasing or ratios[0] != 0 or not most <= ratios[-1] <= 15 / 16:
+        # Policies choose from all of them, and outside of what was measured there is no quality.
+        raise MegError(f"ratios {ratios}: at least two, increasing from 0 to {most:g} are allowed")
     levels = (config.feature_psnr_db, *config.noise_psnrs_db)
     if not all(map(math.isfinite, levels)) or not config.noise_psnrs_db:
         raise MegError(f"psnr_db {levels}: finite numbers of dB are allowed, at least one of noise")

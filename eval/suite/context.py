@@ -38,7 +38,7 @@ class Stage(NamedTuple):
     """A pure function of settings and of other stages' results."""
 
     name: str
-    """What the progress bar shows; no two stages share it."""
+    """What the progress bar shows."""
     settings: Mapping[str, Any]
     """All that the result depends on, besides what it needs and the model."""
     run: Callable[..., dict[str, Any]]
@@ -186,9 +186,11 @@ def get(context: Context, stage: Stage) -> dict[str, Any]:
         }
         cache.write(path, record)
     context.done[key] = record["result"]
-    context.records[stage.name] = {k: v for k, v in record.items() if k != "result"}
+    same = context.records.get(stage.name, record)
+    name = stage.name if same["key"] == key else f"{stage.name}, {key[:8]}"
+    context.records[name] = {k: v for k, v in record.items() if k != "result"}
     for need in stage.needs:  # so that the provenance is whole, also of what the cache spared
-        if need.name not in context.records:
+        if key_of(context, need) not in context.done:
             get(context, need)
     return record["result"]
 

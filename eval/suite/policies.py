@@ -45,8 +45,8 @@ SLACK = 1.05
 """A limit that does not bind: what the best policy without limits costs, and a little."""
 TIGHT = 1.1
 """The tightest limit over the lowest reachable mean."""
-EPISODE_LIMIT = 64 * 3.0
-"""64 d for d = 3 s: what turns the relative violation (J - d) / d into 64 (J - d)."""
+EPISODE = 64
+"""Frames, whose costs the authors' controller sees as one sum."""
 PAPER_PPO = dataclasses.replace(
     PpoConfig(),
     envs=4,
@@ -58,19 +58,19 @@ PAPER_PPO = dataclasses.replace(
     final_lr_share=1.0,
     hidden=(128, 128),
     pid=Pid(
-        proportional=0.05 * EPISODE_LIMIT,
-        integral=0.0005 * EPISODE_LIMIT,
-        derivative=0.1 * EPISODE_LIMIT,
-        max_error=1.0,
+        proportional=0.05 * EPISODE,
+        integral=0.0005 * EPISODE,
+        derivative=0.1 * EPISODE,
+        max_error=1e6,
+        units=(1.0, 0.1),
     ),
     squash="tanh",
 )
 """The authors' PPO-Lagrangian, Eq. (24), as MegJAX reads it, over as many frames as their MEG-CVPO.
 
-FSRL's gains (0.05, 0.0005, 0.1) act on an episode's sum less its limit, 64 (J - d), those of `Pid` on
-(J - d) / d. One factor serves all limits: exact at 3 s, and within a factor of 3 for the other limits of
-latency and, in the authors' unit of 100 J, of energy. As published the multiplier stays at 0: the authors'
-collector gives means a frame, which are held against 64 d.
+FSRL's gains (0.05, 0.0005, 0.1) act on an episode's sum less its limit, 64 (J - d), in seconds and in the
+authors' unit of 100 J; the error that they sum up is not clipped. As published the multiplier stays at 0: the
+authors' collector gives means a frame, which are held against 64 d.
 """
 CHUNKS = 40
 """Points of a training curve."""

@@ -46,11 +46,12 @@ def plan(args: PlanConfig) -> bool:
     figures, fits = {}, True
     for name in names:
         report, did = _compiled(args, name, pipeline, chips, args.images)
-        largest = None
+        largest = other = None
         if report.fits:
-            other = None
             if args.largest:
-                other, _ = _compiled(args, name, pipeline, chips, 2 * args.images)
+                twice, _ = _compiled(args, name, pipeline, chips, 2 * args.images)
+                # The compiler does not say how much a program needs that is too large for it.
+                other = None if twice.activations is None else twice
             largest = largest_images(report, other)
         fits &= report.fits
         hint = advice(
@@ -61,7 +62,9 @@ def plan(args: PlanConfig) -> bool:
             accumulate=args.accumulate,
             largest=largest,
         )
-        Console().print(_table(args, report, largest, hint))
+        how = "an estimate from this one, on the safe side" if other is None else "two compilations"
+        fitting = None if largest is None else f"{largest} ({how})"
+        Console().print(_table(args, report, fitting, hint))
         if not report.fits:
             line = f"does not fit: {report.missing / GIB:.2f} GiB a device too much. Change: {hint}"
             print(f"megjax: {name}: {line}", file=sys.stderr)
@@ -124,7 +127,7 @@ def _progress(text: str) -> Iterator[None]:
         yield
 
 
-def _table(args: PlanConfig, report: Report, largest: int | None, hint: str) -> Table:
+def _table(args: PlanConfig, report: Report, fitting: str | None, hint: str) -> Table:
     title = TITLES[report.program].format(args.steps)
     table = Table("a device", "", title=f"{args.backbone}, {report.topology}: {title}")
     for part, size in report.parts.items():
@@ -145,9 +148,8 @@ def _table(args: PlanConfig, report: Report, largest: int | None, hint: str) -> 
             table.add_row("kernels without an estimate", f"{report.kernels:g}")
         table.add_row("compiled in", f"{report.compile_s:.0f} s")
     table.add_section()
-    if largest is not None:
-        how = "two compilations" if args.largest else "an estimate from this one, on the safe side"
-        table.add_row("pictures that fit", f"{largest} ({how})")
+    if fitting is not None:
+        table.add_row("pictures that fit", fitting)
     table.add_row("advice", hint)
     return table
 

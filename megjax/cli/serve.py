@@ -36,6 +36,8 @@ class Serve:
     """Files of policies from `python -m train.policy`, for requests that name limits alone."""
     profile: str = "paper"
     """Hardware profile that latency and energy are charged by."""
+    tome_ratio: float = 0.0
+    """Of the tokens merged inside the U-Net's self-attention."""
     sizes: tuple[str, ...] = ()
     """Heights and widths of pictures, such as `64x64`; the model's own if not given."""
     batch_sizes: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")] = (1, 2, 4, 8)
@@ -69,6 +71,7 @@ def serve_command(args: tyro.conf.OmitArgPrefixes[Serve]) -> None:
         token=args.token or os.environ.get("MEGJAX_TOKEN") or None,
         policies=args.policy,
         profile=args.profile,
+        tome_ratio=args.tome_ratio,
         sizes=tuple(_size(text) for text in args.sizes),
         batch_sizes=args.batch_sizes,
         max_steps=args.max_steps,

@@ -17,13 +17,15 @@ class Workload(NamedTuple):
     vae_encoder_flops: Real = 4.9e12
     """Charged for image-to-image only."""
     unet_call_flops: Real = 5.73e12
-    """One U-Net call with token merging; 6.76e12 without."""
+    """One U-Net call."""
     calls_per_step: Real = 2
     """2 under classifier-free guidance, 1 at guidance 1."""
     vae_decoder_flops: Real = 10.5e12
 
 
 SDXL = Workload()
+SDXL_UNMERGED = SDXL._replace(unet_call_flops=6.76e12)
+"""Without token merging in the U-Net."""
 
 
 class Compute(NamedTuple):

@@ -54,7 +54,7 @@ _Rule: TypeAlias = tuple[tuple[str, ...], Callable[[float], bool], str]
 _ALLOWED: tuple[_Rule, ...] = (
     (("discount",), lambda x: 0 <= x < 1, "from 0 to below 1"),
     (("gae", "target_rate"), lambda x: 0 <= x <= 1, "from 0 to 1"),
-    (("std_start", "std_end", "kl_bound"), lambda x: x > 0, "above 0"),
+    (("std_start", "std_end", "kl_bound", "units"), lambda x: x > 0, "above 0"),
     (("particles",), lambda x: x >= 2, "at least 2"),
     (
         ("groups", "envs", "collect_steps", "epochs", "updates_per_epoch", "critic_batch", "policy_batch")

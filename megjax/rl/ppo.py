@@ -35,7 +35,7 @@ from megjax.rl.networks import Gaussian, Mlp, Moments, Squash
 
 @dataclasses.dataclass(frozen=True)
 class Pid:
-    """Gains on the relative violation (J - d) / d; only `integral` > 0 is the plain Lagrangian method."""
+    """Gains on the violation, (J - d) / d; only `integral` > 0 is the plain Lagrangian method."""
 
     proportional: float = 20.0
     integral: float = 0.5
@@ -43,6 +43,9 @@ class Pid:
     max_error: float = 0.02
     """Largest violation that the integral counts: what early exploration costs must not wind it up."""
     max_multiplier: float = 100.0
+    units: tuple[float, float] | None = None
+    """Of latency (s) and energy (kJ): violations are J - d in these, and multipliers apply to them. Left out,
+    violations are relative, and multipliers apply to seconds and kilojoules."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +108,22 @@ def pid_multiplier(
     slope = jnp.maximum(violation - previous, 0.0)
     lam = jnp.clip(pid.proportional * violation + integral + pid.derivative * slope, 0.0, pid.max_multiplier)
     return lam, integral
+
+
+def violations(
+    pid: Pid, costs_GxM: Float[Array, "*g m"], limits_GxM: Float[Array, "*g m"]
+) -> Float[Array, "*g m"]:
+    """Return by how much mean costs are over their limits, as the gains count it."""
+    if pid.units is None:
+        return costs_GxM / limits_GxM - 1.0
+    return (costs_GxM - limits_GxM) / jnp.broadcast_to(jnp.asarray(pid.units), costs_GxM.shape)
+
+
+def prices(pid: Pid, lam_GxM: Float[Array, "*g m"]) -> Float[Array, "*g m"]:
+    """Return what a second and a kilojoule cost in reward at these multipliers."""
+    if pid.units is None:
+        return lam_GxM
+    return lam_GxM / jnp.broadcast_to(jnp.asarray(pid.units), lam_GxM.shape)
 
 
 def gae(
@@ -175,7 +194,7 @@ def make_ppo(config: PpoConfig, env: Env) -> Algorithm:
     def control(state: PpoState, signal: Array, limits: Array) -> PpoState:
         share = jnp.maximum(1.0 / (state.step + 1.0), 1.0 / config.mean_memory)
         means = update_means(state.means, signal, config.greedy_envs, share)
-        violation = means.costs / limits - 1.0
+        violation = violations(config.pid, means.costs, limits)
         lam, integral = pid_multiplier(config.pid, violation, state.violation, state.integral)
         return state._replace(means=means, violation=violation, integral=integral, lam=lam)
 
@@ -208,8 +227,9 @@ def make_ppo(config: PpoConfig, env: Env) -> Algorithm:
         )
         advantage = jnp.moveaxis(gae(signal, before, after, ended, cut, config.discount, config.gae), 0, 2)
         target = advantage + value
-        price = jnp.concatenate([jnp.ones((groups, 1)), -state.lam], axis=1)
-        price = price / (1.0 + jnp.sum(state.lam, axis=1, keepdims=True))
+        lam = prices(config.pid, state.lam)
+        price = jnp.concatenate([jnp.ones((groups, 1)), -lam], axis=1)
+        price = price / (1.0 + jnp.sum(lam, axis=1, keepdims=True))
         mixed = jnp.sum(advantage * price[:, None, None, :], axis=-1)
         mixed = mixed - jnp.mean(mixed, axis=(1, 2), keepdims=True)
         mixed = mixed / (jnp.std(mixed, axis=(1, 2), keepdims=True) + 1e-8)

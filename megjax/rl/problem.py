@@ -7,6 +7,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from megjax.errors import MegError
+from megjax.link import profiles
+from megjax.link.cost import SDXL, SDXL_UNMERGED
+from megjax.link.counts import most_merged
 from megjax.link.payload import PayloadRules, payload_bits
 from megjax.rl.env import REFERENCE, Env, EnvParams, Payload, analytic_payload, make_env
 from megjax.rl.optimum import Tables, tables
@@ -57,6 +61,49 @@ def tabulate(problem: Problem, bins: int = 200, ratios: int = 401, quality_draws
         quality_draws,
         tied_psnr=problem.tied_psnr,
     )
+
+
+def measured(table: Table, profile: profiles.AnyProfile, psnr_db: float) -> Problem:
+    """Return the problem on a table's quality, as it was measured, with SDXL's costs.
+
+    Args:
+        table: its record says by which rules messages were made, and how many tokens the U-Net merged.
+        profile: the hardware.
+        psnr_db: of the received features; dB.
+
+    Raises:
+        MegError: a PSNR that was not measured, ratios that do not reach from 0 to the most that merges, or a
+            U-Net whose costs are not known.
+    """
+    settings = table.about.get("settings", {})
+    rules, tome_ratio = settings.get("rules", "default"), settings.get("tome_ratio", 0.5)
+    low, high = table.psnrs_db[[0, -1]]
+    if not low <= psnr_db <= high:
+        raise MegError(f"psnr_db {psnr_db:g}: the table was measured from {low:g} to {high:g} dB")
+    least, most = table.ratios[[0, -1]]
+    if least > 0 or most < largest_ratio(rules):
+        raise MegError(
+            f"the table's ratios go from {least:g} to {most:g}: measure from 0 to {largest_ratio(rules):g}, "
+            "which policies choose from"
+        )
+    if tome_ratio not in (0.0, 0.5):
+        raise MegError(
+            f"the table was measured with tome_ratio {tome_ratio:g}: SDXL's costs are known for 0 and 0.5"
+        )
+    workload = SDXL if tome_ratio else SDXL_UNMERGED
+    params = EnvParams(
+        compute=profiles.compute(profile, workload, tome=tome_ratio > 0),
+        psnr_db=psnr_db,
+        min_steps=int(table.steps[0]),
+        max_steps=int(table.steps[-1]),
+    )
+    return Problem(params, table, wire_payload(rules=rules))
+
+
+def largest_ratio(rules: PayloadRules) -> float:
+    """Return the merging ratio beyond which no message gets shorter: 15/16, in one round 3/4."""
+    grid = (64, 64)
+    return sum(most_merged(grid, 2 if rules == "default" else 1)) / (grid[0] * grid[1])
 
 
 def wire_payload(tokens: int = 4096, channels: int = 16, rules: PayloadRules = "default") -> Payload:

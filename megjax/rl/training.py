@@ -30,7 +30,7 @@ from megjax.rl.env import Env, EnvParams
 from megjax.rl.evaluate import Evaluation, evaluate
 from megjax.rl.policy import Policy, PolicyInfo, gaussian, save_policy, stacked
 from megjax.rl.ppo import PpoConfig, make_ppo
-from megjax.rl.problem import ANALYTIC, Problem, environment, tabulate, wire_payload
+from megjax.rl.problem import ANALYTIC, Problem, environment, measured, tabulate
 from megjax.rl.quality import load_table
 
 Batching: TypeAlias = Literal["auto", "map", "vmap"]
@@ -78,18 +78,11 @@ def problem_of(config: PolicyRunConfig) -> Problem:
     """Return the problem that a config names: `analytic`, or a measured table under SDXL's costs.
 
     Raises:
-        MegError: a table or a profile that cannot be read.
+        MegError: a table or a profile that cannot be read, or see `megjax.rl.problem.measured`.
     """
     if config.table is None:
         return ANALYTIC
-    table = load_table(config.table)
-    params = EnvParams(
-        compute=profiles.compute(profiles.load(config.profile)),
-        psnr_db=config.psnr_db,
-        min_steps=int(table.steps[0]),
-        max_steps=int(table.steps[-1]),
-    )
-    return Problem(params, table, wire_payload())
+    return measured(load_table(config.table), profiles.load(config.profile), config.psnr_db)
 
 
 def train_policies(

@@ -35,12 +35,12 @@ _ERROR = {
     "required": ["error"],
 }
 _REASONS = {
-    400: "Not JSON, or a host that is not this machine",
+    400: "A body that cannot be read or that does not belong there, or a host that is not this machine",
     401: "Without the server's token",
     408: "The body took too long",
     413: "The body is too large",
     415: "Not application/json",
-    422: "What cannot be generated, a line a field",
+    422: "Not JSON, or what cannot be generated, a phrase a field",
     429: "The queue is full; see Retry-After",
     503: "Starting or shutting down; see Retry-After",
     504: "The deadline passed",
@@ -199,6 +199,7 @@ def _info(service: Service) -> dict[str, Any]:
         "queue": config.queue,
         "deadline_s": config.deadline_s,
         "profile": config.profile,
+        "tome_ratio": config.tome_ratio,
         "policies": [
             {
                 "conditioned": policy.info.conditioned,

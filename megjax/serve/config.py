@@ -21,6 +21,7 @@ class ServeConfig:
         token: bearer token that every route but `/healthz` asks for; None asks for none.
         policies: files from `train.policy`; the first that keeps a request's limits chooses.
         profile: hardware profile that latency and energy are charged by.
+        tome_ratio: of the tokens merged inside the U-Net's self-attention.
         sizes: heights and widths that pictures may have, pixels; empty is the model's own.
         batch_sizes: compiled at start.
         max_steps: most denoising steps T of a request.
@@ -42,6 +43,7 @@ class ServeConfig:
     token: str | None = None
     policies: tuple[Path, ...] = ()
     profile: str = "paper"
+    tome_ratio: float = 0.0
     sizes: tuple[tuple[int, int], ...] = ()
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
     max_steps: int = 12
@@ -72,6 +74,8 @@ class ServeConfig:
         for name in ("deadline_s", "drain_s", "receive_s"):
             if not 0 < getattr(self, name) <= 86400:
                 raise MegError(f"{name} {getattr(self, name)}: above 0, up to a day is allowed")
+        if not 0 <= self.tome_ratio <= 0.75:
+            raise MegError(f"tome_ratio {self.tome_ratio}: from 0 to 0.75 are allowed")
         if not 0 <= self.linger_s <= 10:
             raise MegError(f"linger_s {self.linger_s}: from 0 to 10 s are allowed")
 

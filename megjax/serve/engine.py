@@ -126,18 +126,21 @@ def fewest_steps(pipeline: Pipeline) -> int:
     return pipeline.flow.windows if unet_params(pipeline)[1] == "perflow" else 1
 
 
-def messages(pipeline: Pipeline, tasks: Sequence[Task], batch: int) -> tuple[list[Sent | MegError], Times]:
+def messages(
+    pipeline: Pipeline, tasks: Sequence[Task], batch: int, tome_ratio: float = 0.0
+) -> tuple[list[Sent | MegError], Times]:
     """Generate pictures of one size and write their messages.
 
     Args:
         pipeline: the backbone.
         tasks: at most `batch` of them, all of one size, steps and ratio chosen.
         batch: rows of the compiled programs; what is left is filled with a copy of the first task.
+        tome_ratio: of the tokens merged inside the U-Net's self-attention.
 
     Returns:
         Each task's message, or why it has none; and the time.
     """
-    latents_BxHxWxC, times = latents(pipeline, tasks, batch)
+    latents_BxHxWxC, times = latents(pipeline, tasks, batch, tome_ratio)
     start = time.perf_counter()
     seed_B = jnp.asarray(_column(tasks, batch, "seed"), jnp.uint32)
     ratio_B = jnp.asarray(_column(tasks, batch, "ratio"), jnp.float32)
@@ -147,7 +150,9 @@ def messages(pipeline: Pipeline, tasks: Sequence[Task], batch: int) -> tuple[lis
     return sent, times._replace(merge_s=time.perf_counter() - start)
 
 
-def latents(pipeline: Pipeline, tasks: Sequence[Task], batch: int) -> tuple[Float[Array, "B H W C"], Times]:
+def latents(
+    pipeline: Pipeline, tasks: Sequence[Task], batch: int, tome_ratio: float = 0.0
+) -> tuple[Float[Array, "B H W C"], Times]:
     """Run the text encoders and the U-Net on a batch; see `messages`."""
     start = time.perf_counter()
     size, params = tasks[0].size, pipeline.params
@@ -163,12 +168,13 @@ def latents(pipeline: Pipeline, tasks: Sequence[Task], batch: int) -> tuple[Floa
         jnp.asarray(_column(tasks, batch, "steps"), jnp.int32),
         jnp.asarray(_column(tasks, batch, "guidance"), jnp.float32),
         size=size,
+        tome_ratio=tome_ratio,
     )
     z_BxHxWxC.block_until_ready()
     return z_BxHxWxC, Times(encoded - start, time.perf_counter() - encoded)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="size")
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("size", "tome_ratio"))
 def denoise_rows(
     pipeline: Pipeline,
     params: Params,
@@ -178,6 +184,7 @@ def denoise_rows(
     guidance_B: Float[Array, " B"],
     *,
     size: Size,
+    tome_ratio: float = 0.0,
 ) -> Float[Array, "B H W C"]:
     """Denoise rows that differ in seed, steps and guidance, as long as the one of most steps takes.
 
@@ -189,6 +196,7 @@ def denoise_rows(
         steps_B: T of each row.
         guidance_B: of each row.
         size: of the pictures.
+        tome_ratio: see `messages`.
     """
     config, sampler = pipeline.vae_decoder.config, unet_params(pipeline)[1]
     height, width = (side // config.downsampling for side in size)
@@ -199,8 +207,8 @@ def denoise_rows(
         prompt, empty = jax.tree.map(lambda x: x[None], (prompt, empty))
         noise = jax.random.normal(link_keys(seed)[0], shape)
         start = jnp.zeros(shape)
-        z = denoise(pipeline, params, noise, prompt, empty, steps, guidance, start, 1.0, sampler=sampler)
-        return z[0]
+        given = (params, noise, prompt, empty, steps, guidance, start, 1.0)
+        return denoise(pipeline, *given, sampler=sampler, tome_ratio=tome_ratio)[0]
 
     prompt, empty = jax.tree.map(lambda x: x[:B], both), jax.tree.map(lambda x: x[B:], both)
     return jax.vmap(row)(seed_B, prompt, empty, steps_B, guidance_B)

@@ -66,33 +66,27 @@ def guarded(app: App, config: ServeConfig, metrics: Metrics, routes: frozenset[s
         headers = dict(scope["headers"])
         if path != ALWAYS:
             if config.token is not None and not allowed(headers.get(b"authorization", b""), config.token):
-                challenge = 'Basic realm="MegJAX", charset="UTF-8"'
-                return await answer(
-                    counted,
-                    401,
-                    "a valid token is needed",
-                    {"WWW-Authenticate": challenge, "Connection": "close"},
-                )
+                challenge = {"WWW-Authenticate": 'Basic realm="MegJAX", charset="UTF-8"'}
+                return await refuse(counted, 401, "a valid token is needed", challenge)
             if config.token is None and not _local(headers.get(b"host", b"")):
                 # Another site's name that was pointed at this machine, to reach past its firewall.
-                return await answer(counted, 400, "host: not a name of this machine")
+                return await refuse(counted, 400, "host: not a name of this machine")
         if scope["method"] not in ("POST", "PUT", "PATCH"):
+            if headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers:
+                return await refuse(counted, 400, f"body: {scope['method']} has none")
             return await app(scope, receive, counted)
         kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
         if kind != b"application/json":
             # A browser sends it across origins only if the server allows it, and this one never does.
-            return await answer(counted, 415, "Content-Type: only application/json is read")
+            return await refuse(counted, 415, "Content-Type: only application/json is read")
         try:
             body = await asyncio.wait_for(read(receive, headers, config.body_bytes), config.receive_s)
         except TimeoutError:
-            return await answer(
-                counted, 408, f"body: not there within {config.receive_s:g} s", {"Connection": "close"}
-            )
+            return await refuse(counted, 408, f"body: not there within {config.receive_s:g} s")
         if body is None:
             return None
         if len(body) > config.body_bytes:
-            close = {"Connection": "close"}
-            return await answer(counted, 413, f"body: at most {config.body_bytes} bytes are read", close)
+            return await refuse(counted, 413, f"body: at most {config.body_bytes} bytes are read")
         await app(scope, _replay(body, receive), counted)
 
     return guard
@@ -127,10 +121,11 @@ async def read(receive: Receive, headers: MutableMapping[bytes, bytes], most: in
             return bytes(body)
 
 
-async def answer(send: Send, status: int, error: str, headers: dict[str, str] | None = None) -> None:
-    """Answer with an error as JSON."""
+async def refuse(send: Send, status: int, error: str, headers: dict[str, str] | None = None) -> None:
+    """Answer with an error as JSON, and hang up: a body that nobody reads may never end."""
     body = json.dumps({"error": error}).encode()
-    pairs = {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}
+    pairs = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
+    pairs |= headers or {}
     raw = [(name.lower().encode(), value.encode()) for name, value in pairs.items()]
     await send({"type": "http.response.start", "status": status, "headers": raw})
     await send({"type": "http.response.body", "body": body})

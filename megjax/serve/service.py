@@ -231,7 +231,7 @@ class Service:
                 answers[i] = error
         if not tasks:
             return answers
-        sent, times = engine.messages(self.pipeline, list(tasks.values()), size)
+        sent, times = engine.messages(self.pipeline, list(tasks.values()), size, self.config.tome_ratio)
         for (i, task), message in zip(tasks.items(), sent, strict=True):
             if isinstance(message, MegError):
                 answers[i] = message
@@ -271,7 +271,9 @@ class Service:
     def _warm(self) -> None:
         """Compile and time every batch size; in the worker thread."""
         for size in self.sizes:
-            self._compute[size] = profiles.compute(self.profile, workload(self.pipeline, size), tome=False)
+            ratio = self.config.tome_ratio
+            work = workload(self.pipeline, size, ratio)
+            self._compute[size] = profiles.compute(self.profile, work, tome=ratio > 0)
             for batch in self.batcher.seconds:
                 if self._closed:
                     return
@@ -291,5 +293,5 @@ class Service:
 
     def _seconds(self, tasks: Sequence[Task]) -> float:
         start = time.perf_counter()
-        engine.messages(self.pipeline, tasks, len(tasks))
+        engine.messages(self.pipeline, tasks, len(tasks), self.config.tome_ratio)
         return time.perf_counter() - start

@@ -89,6 +89,14 @@ class Comparison:
     json: Path | None = None
 
 
+def test_a_comparisons_process_that_cannot_be_or_fails_is_one_line():
+    with pytest.raises(MegError, match="core 99999: this process may use "):
+        bench.child("platform", env={}, core=99999)
+    with pytest.raises(MegError, match=r"python -m eval\.bench\.nothing ended with exit code 1"):
+        bench.child("eval.bench.nothing", env={})
+    assert bench.child("platform", env={}).strip()
+
+
 def test_a_comparison_sees_to_its_file_and_its_rounds_first(capsys, monkeypatch):
     def main(config):
         bench.alternate("eval.bench.tasks", ("megjax", "torch"), config.rounds, core=0, args=[])

@@ -26,7 +26,7 @@ from megjax.errors import MegError
 from megjax.link.payload import rgb_bits
 from megjax.link.profiles import compute, load
 from megjax.pipeline import load_pipeline
-from megjax.rl.ppo import pid_multiplier
+from megjax.rl.ppo import pid_multiplier, prices, violations
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -45,6 +45,12 @@ def test_every_preset_is_allowed_under_all_rules(preset, rules, physical):
         (["--pictures", "7"], "pictures 7, batch 32: at least 2 pictures, a multiple of the batch"),
         (["--ratios", "0.5", "0.1"], "ratios (0.5, 0.1): at least two, increasing"),
         (["--ratios", "0", "nan"], "ratios (0.0, nan): at least two, increasing"),
+        (
+            ["--ratios", "0", "0.5"],
+            "increasing from 0 to 0.9375 are allowed",
+        ),
+        (["--ratios", "0.1", "0.9375"], "ratios (0.1, 0.9375): at least two"),
+        (["--rules", "paper", "--ratios", "0", "0.7"], "increasing from 0 to 0.75 are allowed"),
         (["--seed", "-1"], "seed -1: 0 to 4294967295 is allowed"),
         (["--guidance", "nan"], "guidance nan: finite numbers from 0 on are allowed"),
         (["--profile", "nope"], "unknown hardware profile 'nope'"),
@@ -83,6 +89,13 @@ def test_cached_values_come_back_and_damage_is_noticed(tmp_path):
         assert cache.read(path, said.append) is None
     assert said == ["cache: stage.msgpack is damaged; computing it again"] * 3
     assert [p.name for p in tmp_path.iterdir()] == ["stage.msgpack"]
+
+
+def test_stages_of_one_name_are_both_recorded(tmp_path):
+    context = Context(SuiteConfig(out=tmp_path))
+    for x in (1, 2, 1):
+        get(context, Stage("one", {"x": x}, lambda context, settings: {"value": 0}, model=False))
+    assert sorted(record["settings"]["x"] for record in context.records.values()) == [1, 2]
 
 
 def test_stages_are_computed_once_and_anew_when_their_settings_change(tmp_path):
@@ -267,7 +280,7 @@ def test_tables_say_value_interval_unit_and_tag():
     table = small_results()["items"]["fig0"]["tables"][0]
     rows = csv_text(table).splitlines()
     assert rows[0] == ',MSE,"MSE, low","MSE, high","time, s","time, s, tag",verdict,found'
-    assert rows[1].startswith("MEG <1>,0.012345,0.01,0.02,2.5,modelled,holds,")
+    assert rows[1] == "MEG <1>,0.012345,0.01,0.02,2.5,modelled,holds,R²: 0.988"
     assert rows[2] == "Split,,,,0.0,paper,,"
     text = markdown(table)
     assert "| MSE (measured) | time, s | verdict |" in text
@@ -366,9 +379,11 @@ def test_bits_a_scalar_are_those_charged(monkeypatch):
 
 
 def test_the_authors_gains_act_on_an_episodes_excess():
-    latency_s, limit_s = 3.3, 3.0
-    excess = 64 * (latency_s - limit_s)
-    zero, violation = jnp.zeros(()), jnp.asarray(latency_s / limit_s - 1)
-    lam, integral = pid_multiplier(PAPER_PPO.pid, violation, zero, zero)
-    assert float(lam) == pytest.approx((0.05 + 0.0005 + 0.1) * excess, rel=1e-5)
-    assert float(integral) == pytest.approx(0.0005 * excess, rel=1e-5)
+    pid = PAPER_PPO.pid
+    violation = violations(pid, jnp.asarray([3.3, 1.83]), jnp.asarray([3.0, 1.8]))
+    lam, integral = pid_multiplier(pid, violation, jnp.zeros(2), jnp.zeros(2))
+    # 0.3 s, and 0.3 of their units of 100 J.
+    np.testing.assert_allclose(lam, 64 * 0.3 * (0.05 + 0.0005 + 0.1), rtol=1e-4)
+    np.testing.assert_allclose(integral, 64 * 0.3 * 0.0005, rtol=1e-4)
+    # A price of 100 J is a tenth of a kilojoule's.
+    np.testing.assert_allclose(prices(pid, lam), [lam[0], 10 * lam[1]], rtol=1e-6)

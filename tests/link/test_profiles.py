@@ -7,7 +7,7 @@ import pytest
 
 from megjax.errors import MegError
 from megjax.link import profiles
-from megjax.link.cost import Workload, frame_cost
+from megjax.link.cost import SDXL_UNMERGED, frame_cost
 
 TABLE_2 = [(12, False, 7.5806), (8, False, 5.2122), (7, True, 3.2316), (4, True, 2.0287)]
 
@@ -22,7 +22,7 @@ def test_no_flop_linear_profile_fits_table2():
     """The slopes' ratio is 1.50, the FLOPs' 1.18: why `table2` is a kind of its own."""
     table2 = profiles.load("table2")
     paper = profiles.load("paper")
-    plain = profiles.compute(paper, Workload(unet_call_flops=6.76e12)).es_step_s
+    plain = profiles.compute(paper, SDXL_UNMERGED).es_step_s
     assert 1.45 < table2.step_s / table2.tome_step_s < 1.55
     np.testing.assert_allclose(plain / profiles.compute(paper).es_step_s, 1.18, atol=0.005)
 

@@ -117,6 +117,7 @@ def test_settings_out_of_range_are_refused_by_both_learners(fields, message):
         (CvpoConfig(collect_steps=1, n_step=2), "collect_steps 1: from n_step, 2"),
         (CvpoConfig(replay_frames=16), "collect_steps 4: .*to the 0 frames"),
         (PpoConfig(pid=Pid(integral=-1.0)), "integral -1.0"),
+        (PpoConfig(pid=Pid(units=(1.0, 0.0))), "units 0.0: must be a finite number, above 0"),
         (PpoConfig(minibatches=7), "minibatches 7: they must divide the 4096"),
         (PpoConfig(passes=0), "passes 0"),
     ],

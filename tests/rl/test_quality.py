@@ -11,12 +11,12 @@ import pytest
 
 from eval.quality_table.table import QualityTableConfig, live, measure, summary, weights_hash
 from megjax.errors import MegError
-from megjax.link import channel
+from megjax.link import channel, profiles
 from megjax.link.payload import payload_bits
 from megjax.pipeline import load_pipeline
 from megjax.rl.env import REFERENCE, action_of
 from megjax.rl.optimum import tables
-from megjax.rl.problem import Problem, environment, tabulate, wire_payload
+from megjax.rl.problem import Problem, environment, measured, tabulate, wire_payload
 from megjax.rl.quality import analytic_mse, load_table, make_table, mean_table, save_table
 from tests.small import save_random
 
@@ -127,6 +127,40 @@ def test_a_problem_charges_the_wire_format():
     info = env.step(jax.random.key(1), state, action_of(5, 0.4), problem.params)[-1]
     seconds = payload_bits(0.4, 4096, 16) / float(channel.rate_bps(state.snr))
     np.testing.assert_allclose(info["cost"][0], 0.826 + 5 * 0.3007 + seconds, rtol=1e-5)
+
+
+def surface(ratios=(0.0, 0.9375), **settings):
+    """A table of one picture whose record has these settings."""
+    return make_table(np.ones((1, 2, len(ratios), 2)), [4, 12], ratios, [5.0, 20.0], {"settings": settings})
+
+
+def test_a_measured_problem_is_charged_as_it_was_measured():
+    paper = profiles.load("paper")
+    plain = measured(surface(tome_ratio=0.0), paper, 10.0)
+    single = measured(surface((0.0, 0.75), rules="paper"), paper, 10.0)
+    np.testing.assert_allclose(plain.params.compute.es_step_s, 2 * 6.76 / 58, rtol=1e-6)
+    np.testing.assert_allclose(single.params.compute.es_step_s, 2 * 5.73 / 58, rtol=1e-6)
+    # In one round at most three quarters merge, each charged 16 bits.
+    assert int(single.payload(jnp.float32(0.9375))) == 1024 * 16 * 16 + 3072 * 16
+    assert int(plain.payload(jnp.float32(0.9375))) == payload_bits(0.9375, 4096, 16)
+    # A step-timed profile takes its own time of a step.
+    timed = profiles.load("table2")
+    assert measured(surface(tome_ratio=0.0), timed, 10.0).params.compute.es_step_s == timed.step_s
+
+
+@pytest.mark.parametrize(
+    ("table", "psnr_db", "message"),
+    [
+        (surface(), 40.0, "psnr_db 40: the table was measured from 5 to 20 dB"),
+        (surface(), float("nan"), "psnr_db nan"),
+        (surface((0.0, 0.5)), 10.0, "from 0 to 0.5: measure from 0 to 0.9375"),
+        (surface((0.1, 0.9375)), 10.0, "from 0.1 to 0.9375: measure from 0"),
+        (surface(tome_ratio=0.3), 10.0, "tome_ratio 0.3"),
+    ],
+)
+def test_a_table_that_does_not_say_what_a_policy_may_choose_is_refused(table, psnr_db, message):
+    with pytest.raises(MegError, match=message):
+        measured(table, profiles.load("paper"), psnr_db)
 
 
 def test_features_may_meet_the_links_noise():

@@ -50,11 +50,11 @@ def test_meg_tinys_messages_depend_on_neither(pipeline):
 
 
 @pytest.mark.parametrize("seed", [0, 2**31, 2**32 - 1])
-@pytest.mark.parametrize(("steps", "ratio"), [(4, 0.0), (7, 0.4), (5, 0.9)])
-def test_messages_are_the_splits_own(pipeline, seed, steps, ratio):
+@pytest.mark.parametrize(("steps", "ratio", "tome"), [(4, 0, 0), (7, 0.4, 0), (5, 0.9, 0), (5, 0.4, 0.5)])
+def test_messages_are_the_splits_own(pipeline, seed, steps, ratio, tome):
     request = Request(PROMPTS[0], seed=seed, steps=steps, ratio=ratio)
-    sent = engine.messages(pipeline, [task(pipeline, seed, steps=steps, ratio=ratio)], 1)[0][0]
-    z = _denoiser(pipeline, request, None, lambda _: None)(steps, 0.0)
+    sent = engine.messages(pipeline, [task(pipeline, seed, steps=steps, ratio=ratio)], 1, tome)[0][0]
+    z = _denoiser(pipeline, request, None, lambda _: None)(steps, tome)
     expected = send(_keys(request)[1], z, ratio, jnp.inf)
     received = unpack(sent.message)
     ours = from_tokens(unmerge(received.merged_NxD, received.plan)[None], received.header.grid)

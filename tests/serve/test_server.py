@@ -48,7 +48,15 @@ def wait_until_ready(http):
     raise AssertionError("not ready")
 
 
-def test_sigterm_loses_nothing_and_slow_heads_are_cut_off(folder):
+def whole_answer(address, head):
+    """What a client gets whose body never ends, until the server hangs up."""
+    with socket.create_connection(address, 60) as client:
+        token = f"Authorization: Bearer {TOKEN}\r\n".encode()
+        client.sendall(head + b"Host: localhost\r\n" + token + b"Content-Length: 1000000000\r\n\r\nx")
+        return b"".join(iter(lambda: client.recv(4096), b""))
+
+
+def test_sigterm_loses_nothing_and_slow_clients_are_cut_off(folder):
     with serving(folder, "--queue", "8", MEGJAX_TOKEN=TOKEN) as (process, url, lines):
         http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60)
         with http:
@@ -70,6 +78,12 @@ def test_sigterm_loses_nothing_and_slow_heads_are_cut_off(folder):
             threads = [threading.Thread(target=load, args=(seed,)) for seed in range(4)]
             slow = socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])))
             slow.sendall(b"GET / HTTP/1.1\r\n")
+            address = slow.getpeername()
+            for head, status in (
+                (b"GET /healthz HTTP/1.1\r\n", b"400"),
+                (b"POST /v1/generate HTTP/1.1\r\nContent-Type: text/plain\r\n", b"415"),
+            ):
+                assert whole_answer(address, head).split()[1] == status
             for thread in threads:
                 thread.start()
             while len(answers) < 8:

@@ -31,6 +31,8 @@ def csv_text(table: Record) -> str:
         for column in table["columns"]:
             key = column["key"]
             cell = row["cells"].get(key)
+            if isinstance(cell, list):
+                cell = text(cell, column["digits"])
             found = cell if isinstance(cell, dict) else {"value": cell}
             line.append("" if found["value"] is None else found["value"])
             if has_interval(table, key):
