@@ -36,9 +36,7 @@ def replacing(path: Path) -> Iterator[Path]:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise MegError(
-            f"{path} cannot be written: {error.strerror or error}; mend that, or choose another place"
-        ) from error
+        raise MegError(_refused(path, error)) from error
 
 
 @contextlib.contextmanager
@@ -50,28 +48,43 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     Args:
         folder: the folder above it is made if there is none; a symbolic link stays, and what it names is
             replaced.
+
+    Raises:
+        MegError: the system refuses.
     """
-    folder = _followed(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(folder)
-    old = folder.with_name(f"{temporary.name}-old")
-    temporary.mkdir()
     try:
-        yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                _to_disk(path)
-        if folder.exists():
-            folder.rename(old)
+        place = _followed(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _beside(place)
+        temporary.mkdir()
         try:
-            temporary.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            yield temporary
+            for path in temporary.rglob("*"):
+                if path.is_file():
+                    _to_disk(path)
+            _put(temporary, place)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise MegError(_refused(folder, error)) from error
+
+
+def _put(temporary: Path, place: Path) -> None:
+    """Put a folder in another's place, which comes back if that fails."""
+    old = place.with_name(f"{temporary.name}-old")
+    if place.exists():
+        place.rename(old)
+    try:
+        temporary.rename(place)
+    except OSError:
+        if old.exists():
+            old.rename(place)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _refused(path: Path, error: OSError) -> str:
+    return f"{path} cannot be written: {error.strerror or error}; mend that, or choose another place"
 
 
 def _followed(path: Path) -> Path:

@@ -46,7 +46,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
             (temporary / "part").mkdir()
             (temporary / "part" / name).write_text(name)
             assert folder.exists() == (name == "two")
-    with pytest.raises(FileNotFoundError), replacing_folder(folder) as temporary:
+    with pytest.raises(MegError, match="No such file"), replacing_folder(folder) as temporary:
         shutil.copytree(folder, temporary / "three").rename(temporary / "no" / "such")
     assert [path.name for path in (folder / "part").iterdir()] == ["two"]
     assert list(folder.parent.iterdir()) == [folder]
@@ -64,7 +64,7 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(OSError, match="no"), replacing_folder(folder) as temporary:
+    with pytest.raises(MegError, match="model cannot be written: no;"), replacing_folder(folder) as temporary:
         (temporary / "new").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "old"]
 
@@ -159,6 +159,9 @@ def test_names_too_long_and_a_full_disk_are_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(MegError, match=r"file cannot be written: No space left on device; "):
         write_file(tmp_path / "file", "text")
+    whole = replacing_folder(tmp_path / "model")
+    with pytest.raises(MegError, match="model cannot be written: No space left on"), whole as temporary:
+        (temporary / "part").write_bytes(b"part")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -115,7 +115,10 @@ def open_pictures(config: DataConfig, size: int) -> Pictures:
 
 
 def data_key(config: DataConfig) -> dict[str, Any]:
-    """All that the pictures depend on, in JSON's types: the config, and a folder's list of them."""
+    """What the pictures depend on, in JSON's types: the config, and a folder's list of them.
+
+    Pictures that are replaced under their names are not noticed.
+    """
     key = {k: v for k, v in dataclasses.asdict(config).items() if k != "max_broken"}
     path = Path(config.source).expanduser() / "metadata.jsonl"
     if path.is_file():

@@ -30,6 +30,9 @@ from megjax.files import writable_folder, write_file
 JUDGED_AFTER = 1000
 """Examples seen before the share of broken ones is judged, or all of them."""
 
+OUTAGE = 16
+"""Examples, from which a shard without a whole one tells of a disk or a network that fails, not of them."""
+
 ABANDONED_AFTER_S = 24 * 3600
 """Age of a half-written shard that no run can still be at work on."""
 
@@ -125,7 +128,8 @@ def cached(
         shard: examples a shard.
 
     Raises:
-        MegError: a folder that cannot be written, too many broken examples, or none that is whole.
+        MegError: a folder that cannot be written, too many broken examples, or a shard without a whole one,
+            which is then not kept (unless all may be broken).
     """
     own = folder / digest(key)
     if jax.process_index() == 0:
@@ -146,6 +150,11 @@ def cached(
             block = compute(start, stop)
             for line in block.broken:
                 say(f"skipped {line}")
+            if max_broken < 1 and len(block.broken) == stop - start >= OUTAGE:
+                raise MegError(
+                    f"examples {start} to {stop}: no example is whole: {'; '.join(block.broken[:3])}, ... "
+                    "Mend the data or the network and start again: what was read before is kept"
+                )
             _write(part, block)
         seen, broken = seen + stop - start, [*broken, *_broken(part)]
         progress(stop)

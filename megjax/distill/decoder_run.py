@@ -38,7 +38,7 @@ from megjax.errors import MegError
 from megjax.files import writable_folder
 from megjax.link.features import FeatureRules
 from megjax.models import Network, Options, Params, VAEConfig, read, vae_decoder
-from megjax.pipeline.load import DECODERS, Pipeline, load_pipeline, read_gate
+from megjax.pipeline.load import DECODERS, Pipeline, load_pipeline, read_gate, release
 from megjax.pipeline.split import noise_unit
 from megjax.training.checkpoints import claim
 from megjax.training.logs import Report, Work, counted_work
@@ -247,11 +247,12 @@ def train_decoder(config: DecoderConfig) -> Path:
     program = decoder_distillation(config, pipeline)
     # Before the latents, which may take days to sample.
     check_run(config, mesh, config.method, program.state)
-    claim(config.folder / f"{config.method}.run.json", _meaning(config, pipeline))
+    claim(config.folder, config.method, _meaning(config, pipeline))
     key_init, key_run = jax.random.split(jax.random.key(config.seed))
     shardings = state_shardings(program.state, mesh)
     params = place(_start(config, pipeline, program.decoder, key_init), shardings.params)
     rows = _rows(config, pipeline)
+    release(pipeline, "vae_decoder")
     if len(rows) < config.held_out + config.batch:
         raise MegError(
             f"{len(rows)} examples: {config.held_out} are held out and a batch has {config.batch}; take more"

@@ -31,7 +31,7 @@ from megjax.errors import MegError
 from megjax.files import writable_folder
 from megjax.models import Network, Options, Params, time_ids, unet
 from megjax.models.attention import IMPLEMENTATIONS
-from megjax.pipeline.load import EMBEDDED, STUDENT, Pipeline, load_pipeline
+from megjax.pipeline.load import EMBEDDED, STUDENT, Pipeline, load_pipeline, release
 from megjax.pipeline.split import condition
 from megjax.training.checkpoints import claim
 from megjax.training.logs import Report, Work, counted_work
@@ -160,6 +160,8 @@ def check(config: DiffuserConfig, pipeline: Pipeline) -> None:
     known_dtype(config.dtype)
     if config.attention not in IMPLEMENTATIONS:
         raise MegError(f"attention {config.attention}: choose from {', '.join(IMPLEMENTATIONS)}")
+    if config.attention == "cudnn" and config.dtype == "float32":
+        raise MegError("attention cudnn in float32: choose --dtype bfloat16, or --attention xla")
     timesteps = len(pipeline.schedule.abar)
     within(config, 1, timesteps // config.windows, "solver_steps")
     check_draws(config.windows, config.window_draws, config.chained)
@@ -299,7 +301,7 @@ def train_diffuser(config: DiffuserConfig) -> Path:
     # Before the data, which may take days to encode: what does not fit must not wait for it.
     check_run(config, mesh, NAME, program.state)
     started = None if config.start is None else _started(config.start, config, pipeline)
-    claim(config.folder / f"{NAME}.run.json", _meaning(config, pipeline))
+    claim(config.folder, NAME, _meaning(config, pipeline))
     preset = {"dtype": config.dtype}
     rows = encoded_pictures(pipeline, config.data, config.cache, config.encode_batch, preset)
     if len(rows) < config.held_out + config.batch:
@@ -319,6 +321,8 @@ def train_diffuser(config: DiffuserConfig) -> Path:
             out_shardings=shardings,
         )(place_key(key_init, mesh), first)
     empty = jax.tree.map(np.asarray, _empty(pipeline))
+    del first, started
+    release(pipeline, "vae_decoder")
     frozen = {"teacher": teacher, "empty": place(empty, jax.tree.map(lambda _: replicated(mesh), empty))}
     batches = shuffled_batches(rows.first(len(rows) - config.held_out), config.batch, config.seed)
     state = fit(
@@ -413,7 +417,9 @@ def _work(config: DiffuserConfig, pipeline: Pipeline, frozen: Any, rows: Cache) 
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen)
     # The model's FLOPs: what is recomputed to save memory does not count. A kernel's cannot be counted, nor
     # lowered for the CPU, where they are.
-    program = distillation(dataclasses.replace(config, remat=False, attention="xla"), pipeline)
+    config = dataclasses.replace(config, remat=False, attention="xla")
+    teacher = unet(pipeline.unet.config, Options(config.dtype, config.dtype))
+    program = distillation(config, dataclasses.replace(pipeline, unet=teacher))
     return counted_work(
         program.step, program.state, Inputs(data, shapes), config.batch, config.peak_flops_per_s
     )

@@ -25,7 +25,7 @@ from megjax.pipeline.split import condition, decode, denoise, encode, unet_param
 from megjax.training.sharding import batch_sharding, make_mesh, replicated
 
 STEPS = tuple(range(4, 13))
-"""T: a decoder learns from the latents after each of these."""
+"""T: a decoder learns from the latents after each of these that the student takes."""
 
 STORED = np.float16
 
@@ -98,20 +98,30 @@ def sampled_latents(
     guidance: float,
     seed: int,
 ) -> Cache:
-    """Latents of captions after every number of steps in `STEPS`: rows of `z` (T, H, W, C) and `picture`.
+    """Latents of captions after every number of steps: rows of `z` (T, H, W, C) and `picture`.
 
     The picture is that of the longest run through the frozen decoder, in bytes: the reference, y_ref.
 
     Args:
-        pipeline: with a few-step student; without one its teacher is sampled by DDIM.
+        pipeline: with a few-step student, which takes those of `STEPS` that are no fewer than its windows;
+            without one its teacher is sampled by DDIM.
         data: whose captions.
         folder: of all caches.
         batch: captions at a time.
         preset: see `encoded_pictures`.
         guidance: of the sampler.
         seed: of the noise; each caption has its own, the same for every number of steps.
+
+    Raises:
+        MegError: a student of more windows than the most steps; see `cached` and `open_pictures`.
     """
     unet, sampler = unet_params(pipeline)
+    numbers_of_steps = [T for T in STEPS if sampler != "perflow" or pipeline.flow.windows <= T]
+    if not numbers_of_steps:
+        raise MegError(
+            f"{pipeline.name}: its student has {pipeline.flow.windows} windows, decoders learn from at most "
+            f"{STEPS[-1]} steps; take a student of fewer windows"
+        )
     names = ("text_encoder", "text_encoder_2", "vae_decoder")
     params = _spread({"unet": unet, **{name: pipeline.params[name] for name in names}})
     config, size = pipeline.vae_decoder.config, pipeline.image_size
@@ -129,7 +139,7 @@ def sampled_latents(
             denoise(
                 pipeline, params["unet"], noise, prompt, empty, steps, guidance, start, 1.0, sampler=sampler
             )
-            for steps in STEPS
+            for steps in numbers_of_steps
         ]
         picture = decode(pipeline, params["vae_decoder"], z[-1])
         return {
@@ -139,7 +149,7 @@ def sampled_latents(
 
     parts = (*ENCODERS, "scheduler", "unet_student" if sampler == "perflow" else "unet")
     key = {"kind": "samples", "preset": dict(preset), "model": model_key(pipeline, parts)}
-    key |= {"sampler": sampler, "guidance": guidance, "seed": seed, "steps": STEPS}
+    key |= {"sampler": sampler, "guidance": guidance, "seed": seed, "steps": numbers_of_steps}
     return _build(pipeline, folder, key, data, batch, arrays)
 
 

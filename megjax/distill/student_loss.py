@@ -19,7 +19,6 @@ from megjax.diffusion.perflow import (
     perflow_step,
     perflow_timesteps,
     velocity,
-    window_edges,
 )
 from megjax.distill.perflow import (
     Pairs,
@@ -297,8 +296,8 @@ def window_metrics(
     error_B: Float[Array, " B"], t_B: Int[Array, " B"], sched: Schedule, windows: int = WINDOWS
 ) -> Metrics:
     """Mean error of each window, the noisiest first."""
-    start_B, _ = window_edges(sched, t_B, windows)
-    number_B = windows - start_B * windows // len(sched.abar)
+    S = len(sched.abar)
+    number_B = windows - (t_B * windows + S - 1) // S  # as `window_edges` counts them, from the other end
     metrics: Metrics = {}
     for k in range(windows):
         mine_B = number_B == k

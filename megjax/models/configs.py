@@ -326,6 +326,8 @@ def read(cls: type[Config], path: str | Path) -> Config:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
         raise WeightsError(f"{path}: no such file; a model folder has one config.json a component") from None
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise WeightsError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(raw, dict):

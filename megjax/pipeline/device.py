@@ -61,7 +61,7 @@ def load_device(
         WeightsError: for a folder that is missing, incomplete or of another kind than SDXL's.
         MegError: no such decoder, or a size that is no multiple of a token's.
     """
-    folder = weights.open_folder(EMBEDDED.get(str(model), model))
+    folder = weights.open_folder(EMBEDDED.get(str(model), model), parts=("vae",))
 
     def config(cls: Any, part: str) -> Any:
         return from_dict(cls, folder.configs[part], origin=str(folder.path / part / "config.json"))

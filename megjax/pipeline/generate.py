@@ -100,6 +100,11 @@ def check(request: Request, pipeline: Pipeline) -> None:
     if type(request.steps) is not int:
         raise MegError(f"steps {request.steps}: a whole number is allowed")
     fewest = pipeline.flow.windows if unet_params(pipeline, request.sampler)[1] == "perflow" else 1
+    if fewest > REFERENCE_STEPS:
+        raise MegError(
+            f"{pipeline.name}: its student has {fewest} windows, and the reference is of {REFERENCE_STEPS} "
+            "steps; take a student of fewer windows, or the sampler ddim"
+        )
     longest = len(pipeline.schedule.abar)
     if not fewest <= request.steps <= longest:
         raise MegError(f"steps {request.steps}: from {fewest} to {longest} are allowed")

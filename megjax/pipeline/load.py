@@ -103,6 +103,16 @@ class Pipeline:
         }
 
 
+def release(pipeline: Pipeline, *kept: str) -> None:
+    """Free the memory of a pipeline's parameters, all but those of `kept`.
+
+    A trainer's own copies are cut over the devices, the loaded ones lie whole on the first; and what was
+    compiled for a pipeline holds it to the end.
+    """
+    for name in pipeline.params.keys() - set(kept):
+        del pipeline.params[name]
+
+
 def load_pipeline(
     model: str | Path = "tiny", options: Options = Options(), *, on_part: Progress | None = None
 ) -> Pipeline:

@@ -89,21 +89,23 @@ def require_room(folder: Path, state: TrainState, copies: int) -> None:
         )
 
 
-def claim(path: Path, what: Mapping[str, Any]) -> None:
+def claim(folder: Path, name: str, what: Mapping[str, Any]) -> None:
     """Note beside a run's checkpoints what their numbers mean, and refuse a run that means something else.
 
     Checkpoints tell shapes alone: another flow's, another teacher's or another scale's would go on as if
     they were this run's, and be exported as such.
 
     Args:
-        path: of the note, JSON.
+        folder: of the run.
+        name: of what is trained; the note is `NAME.run.json`, the checkpoints are in the folder `NAME`.
         what: by name; JSON values.
 
     Raises:
         MegError: the note says otherwise, or is none.
     """
-    here = json.loads(json.dumps(what))
-    if path.exists():
+    path, here = folder / f"{name}.run.json", json.loads(json.dumps(what))
+    # Without checkpoints it is the note of a run that was refused before its first step.
+    if path.exists() and _steps(folder / name):
         try:
             there = json.loads(path.read_text())
         except ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ _CONFIG_FILES = {
     "scheduler": "scheduler_config.json",
 }
 _OPTIONAL = ("text_encoder_2", "tokenizer_2")
+_DISTILLED = {"unet": "unet_student/*", "vae": "decoders/*"}
+"""What MegJAX's own backbones have beside a part, whole."""
 
 
 class ModelFolder(NamedTuple):
@@ -44,19 +47,22 @@ class ModelFolder(NamedTuple):
     configs: dict[str, dict[str, Any]]
 
 
-def open_folder(model: str | Path, *, variant: str | None = None) -> ModelFolder:
+def open_folder(
+    model: str | Path, *, variant: str | None = None, parts: Sequence[str] = _MODELS
+) -> ModelFolder:
     """Open a pipeline's folder in diffusers layout, downloading it first if `model` is a hub id.
 
     Args:
         model: path of a folder that holds model_index.json, or a hub id such as `org/name`, looked up
             only if no such folder exists. `HF_HUB_OFFLINE=1` keeps to what is cached.
         variant: of the weights to download, such as `fp16`.
+        parts: whose weights are wanted, and what is distilled from them; all parts' configs are read.
 
     Raises `WeightsError` if the folder, a part or its config is missing, or of a class that MegJAX lacks.
     """
     path = Path(model).expanduser()
     if not path.is_dir():
-        path = _download(str(model), variant)
+        path = _download(str(model), variant, parts)
     index = formats.read_json(path / "model_index.json")
     configs = {}
     for part in CLASSES:
@@ -73,6 +79,7 @@ def open_folder(model: str | Path, *, variant: str | None = None) -> ModelFolder
             _check_class(
                 origin, part, configs[part].get("architectures") or [configs[part].get("_class_name")]
             )
+        if part in parts:
             formats.find(path / part, variant)
     return ModelFolder(path, index, configs)
 
@@ -85,8 +92,8 @@ def _check_class(origin: Path, part: str, found: list[Any]) -> None:
         )
 
 
-def _download(model: str, variant: str | None) -> Path:
-    """Fetch a hub repository's configs and one format of its weights; returns the local snapshot."""
+def _download(model: str, variant: str | None, wanted: Sequence[str]) -> Path:
+    """Fetch a hub repository's configs and one format of some weights; returns the local snapshot."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -109,12 +116,13 @@ def _download(model: str, variant: str | None) -> Path:
         ignore = None if variant else [f"*.*.{suffix}", "*.index.*.json"]
         configs = ["model_index.json", *(f"{part}/{file}" for part, file in _CONFIG_FILES.items())]
         tokenizers = [f"tokenizer{n}/*.{kind}" for n in ("", "_2") for kind in ("json", "txt")]
-        patterns = [*configs, *tokenizers, *weights, *index]
+        distilled = [_DISTILLED[part] for part in wanted if part in _DISTILLED]
+        patterns = [*configs, *tokenizers, *weights, *index, *distilled]
         return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=ignore))
 
     try:
-        path = fetch("safetensors", list(_MODELS))
-        lacking = [p for p in _MODELS if (path / p).is_dir() and not any((path / p).glob("*.safetensors"))]
+        path = fetch("safetensors", list(wanted))
+        lacking = [p for p in wanted if (path / p).is_dir() and not any((path / p).glob("*.safetensors"))]
         return fetch("msgpack", lacking) if lacking else path
     except GatedRepoError:
         reason = (

@@ -15,6 +15,7 @@ import msgpack
 import numpy as np
 from flax.serialization import msgpack_serialize
 from flax.traverse_util import unflatten_dict
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from megjax.errors import MegError, WeightsError
@@ -150,7 +151,10 @@ def _write(path: Path, shard: list[_Item], format: formats.Format, linear_projec
         path.touch()
         mode = path.stat().st_mode
         # transformers asks the metadata whose layout this is.
-        save_file({item.name: values(item) for item in shard}, path, metadata={"format": "pt"})
+        try:
+            save_file({item.name: values(item) for item in shard}, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, for one, which is no OSError here
+            raise WeightsError(f"{path}: cannot be written ({formats.first_line(error)})") from None
         path.chmod(mode)
         return
     tree = unflatten_dict({tuple(item.name.split("/")): item for item in shard})

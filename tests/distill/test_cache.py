@@ -132,6 +132,16 @@ def test_more_than_five_percent_stop_the_run_and_a_restart_does_not_forget(tmp_p
     assert len(cached(tmp_path, KEY, 100, broken, shard=50, max_broken=0.1)) == 93
 
 
+def test_an_outage_is_not_kept(tmp_path):
+    calls, down = [], [True]
+    compute = doubles(calls, lambda i: down[0] and i >= 40)
+    with pytest.raises(MegError, match="examples 40 to 60: no example is whole: picture 40: bad; picture 41"):
+        cached(tmp_path, KEY, 100, compute, shard=20, max_broken=0.9)
+    down[0] = False
+    assert len(cached(tmp_path, KEY, 100, compute, shard=20)) == 100
+    assert calls == [(0, 20), (20, 40), (40, 60), (40, 60), (60, 80), (80, 100)]
+
+
 def test_two_processes_judge_what_both_have_seen(tmp_path, monkeypatch):
     broken = doubles([], lambda i: i % 2 == 0)
     assert len(cached(tmp_path, KEY, 800, broken, shard=50, max_broken=1.0)) == 400

@@ -16,7 +16,7 @@ from megjax.distill.decoder_run import DecoderConfig, decoder_distillation, narr
 from megjax.distill.diffuser import DiffuserConfig, distillation, train_diffuser
 from megjax.distill.encoding import STEPS
 from megjax.errors import MegError
-from megjax.models import VAEConfig, vae_decoder
+from megjax.models import Options, VAEConfig, unet, vae_decoder
 from megjax.pipeline import load_pipeline
 from megjax.training.step import Inputs
 
@@ -61,11 +61,29 @@ def test_the_students_weights_are_in_float32_whatever_computes(pipeline, fields)
 def test_a_kernel_that_cannot_be_lowered_here_is_counted_by_its_model(pipeline, monkeypatch, tmp_path):
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
     config = DiffuserConfig(attention="cudnn", dtype="bfloat16", batch=4, peak_flops_per_s=1e12)
+    kernels = Options("bfloat16", "bfloat16", attention="cudnn")
+    pipeline = dataclasses.replace(pipeline, unet=unet(pipeline.unet.config, kernels))
     teacher = jax.tree.map(lambda p: shape(*p.shape, dtype=config.dtype), pipeline.unet.shapes)
     frozen = {"teacher": teacher, "empty": (shape(1, 32, 128), shape(1, 64))}
     one = Block({k: np.zeros(v.shape, v.dtype) for k, v in rows(1).items()})
     data = cached(tmp_path, {}, 1, lambda start, stop: one)
     assert diffuser._work(config, pipeline, frozen, data).flops > 0
+
+
+def test_what_is_loaded_whole_is_released_before_training(monkeypatch, tmp_path):
+    tiny = load_pipeline("tiny")
+    whole = Block({k: np.zeros((16, *v.shape[1:]), v.dtype) for k, v in rows(1).items()})
+
+    def fit(*args, **options):
+        assert set(tiny.params) == {"vae_decoder"}
+        raise InterruptedError
+
+    monkeypatch.setattr(diffuser, "load_pipeline", lambda *_: tiny)
+    monkeypatch.setattr(diffuser, "encoded_pictures", lambda *_: cached(tmp_path, {}, 16, lambda *_: whole))
+    monkeypatch.setattr(diffuser, "fit", fit)
+    config = distill_diffuser.PRESETS["debug"][1]
+    with pytest.raises(InterruptedError):
+        train_diffuser(dataclasses.replace(config, folder=tmp_path / "run"))
 
 
 def test_a_whole_way_needs_chained_windows(pipeline):

@@ -25,6 +25,7 @@ from megjax.distill.student_loss import (
     rollout_errors,
     solved_loss,
     student_errors,
+    window_metrics,
 )
 from megjax.training.step import scalars
 from tests.distill.flows import linear_student, toy_batch, toy_unet
@@ -62,6 +63,15 @@ def test_loss_is_the_mean_of_its_windows_and_drops_text():
     silent = {**params, "b": jnp.array(0.0)}
     same, _ = perflow_loss(toy_unet, SCHED, text_drop=0.0)(silent, jax.random.key(0), batch)
     assert float(without) == pytest.approx(float(same), rel=1e-6)
+
+
+@pytest.mark.parametrize("windows", [1, 3, 4, 6, 7])
+def test_each_windows_error_is_counted_as_its_own(windows):
+    t = jnp.arange(1, len(SCHED.abar) + 1)
+    start, _ = window_edges(SCHED, t, windows)
+    found = scalars(window_metrics(start.astype(float), t, SCHED, windows))
+    # An error that is the window's start: the mean tells which window's errors were counted.
+    assert found == {f"window_{k}": (windows - k) * len(SCHED.abar) // windows for k in range(windows)}
 
 
 def test_solved_windows_teach_what_solving_in_the_step_teaches():

@@ -226,6 +226,9 @@ def test_a_student_is_sampled_as_it_was_distilled(folder, tmp_path):
         np.testing.assert_allclose(z, expected, atol=1e-4)
         with pytest.raises(MegError, match=f"from {flow.windows} to"):
             generate(distilled, Request(PROMPT, steps=flow.windows - 1))
+    (model / "unet_student" / "flow.json").write_bytes(flow_file(Flow(windows=13))["flow.json"])
+    with pytest.raises(MegError, match="13 windows, and the reference is of 12 steps"):
+        generate(load_pipeline(model), Request(PROMPT, steps=13))
     for wrong in ('{"kind": "x0"}', '{"windows": 0}', "[]", '{"speed": 1}'):
         (model / "unet_student" / "flow.json").write_text(wrong)
         with pytest.raises(WeightsError, match="flow"):

@@ -24,16 +24,20 @@ def finished(tmp_path_factory):
 
 
 def test_a_run_of_another_meaning_is_refused(tmp_path):
-    path = tmp_path / "student.run.json"
-    for _ in range(2):
-        checkpoints.claim(path, {"kind": "velocity", "windows": 4, "teacher": {"unet": "ab"}})
+    def claim(**what):
+        checkpoints.claim(tmp_path, "student", what)
+
+    claim(kind="ddim_eps")  # of a run that never saved
+    claim(kind="velocity", windows=4, teacher={"unet": "ab"})
+    (tmp_path / "student" / "2").mkdir(parents=True)
+    claim(kind="velocity", windows=4, teacher={"unet": "ab"})
     with pytest.raises(MegError, match="its checkpoints are of windows 4, this run is of 8; choose another"):
-        checkpoints.claim(path, {"kind": "velocity", "windows": 8, "teacher": {"unet": "ab"}})
+        claim(kind="velocity", windows=8, teacher={"unet": "ab"})
     with pytest.raises(MegError, match=r"are of teacher .*ab.*, this run is of None"):
-        checkpoints.claim(path, {"kind": "velocity", "windows": 4})
-    path.write_text("{")
+        claim(kind="velocity", windows=4)
+    (tmp_path / "student.run.json").write_text("{")
     with pytest.raises(MegError, match="not valid JSON"):
-        checkpoints.claim(path, {"kind": "velocity"})
+        claim(kind="velocity")
 
 
 def files(step):

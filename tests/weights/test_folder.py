@@ -195,6 +195,21 @@ def test_only_one_format_and_variant_is_fetched(hub):
     }
 
 
+def test_what_is_distilled_is_fetched_and_a_device_takes_its_own_alone(hub):
+    listing, fetched = hub
+    student = ["unet_student/flow.json", "unet_student/diffusion_pytorch_model.safetensors"]
+    decoders = ["decoders/meg/diffusion_pytorch_model.safetensors", "decoders/pruning/gate.safetensors"]
+    listing += [*student, *decoders]
+    weights.open_folder("org/name")
+    assert {*student, *decoders} <= set(fetched)
+    fetched.clear()
+    weights.open_folder("org/name", parts=("vae",))
+    assert sorted(name for name in fetched if name.endswith(".safetensors")) == [
+        *decoders,
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+
+
 def test_a_variant_is_fetched(hub):
     _, fetched = hub
     weights.open_folder("org/name", variant="fp16")
