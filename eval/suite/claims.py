@@ -282,7 +282,7 @@ def learned(context: Context) -> list[Claim]:
             "At the loose limit MEG-CVPO reaches higher quality than PPO-Lagrangian",
             "V-B2, Fig. 6",
             [_value("its MSE over PPO-Lagrangian's", interval(better, "measured"))],
-            "any of its seeds has a lower MSE than any of PPO-Lagrangian's",
+            "each of its seeds has a lower MSE than each of PPO-Lagrangian's",
             _verdict(better.high < 1),
         )
     )
@@ -314,7 +314,7 @@ def learned(context: Context) -> list[Claim]:
             "At the tight limit MEG-CVPO's MSE is much higher than PPO-Lagrangian's",
             "V-B2, Fig. 6",
             [_value("its MSE over PPO-Lagrangian's", interval(worse, "measured"))],
-            f"any of its seeds has at least {COMPARABLE:g} times the MSE of any of PPO-Lagrangian's",
+            f"each of its seeds has at least {COMPARABLE:g} times the MSE of each of PPO-Lagrangian's",
             _verdict(worse.low >= COMPARABLE),
         )
     )
