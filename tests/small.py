@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from megjax.data.tokenizer import write_tokenizer
@@ -10,6 +9,7 @@ from megjax.diffusion import schedule
 from megjax.models import CLIPTextConfig, UNetConfig, VAEConfig, clip_text, unet, vae_decoder, vae_encoder
 from megjax.pipeline.save import save_pipeline
 from megjax.training.pretrain import PretrainConfig
+from tests.models.cases import random_params
 
 _TEXT = CLIPTextConfig(
     vocab_size=661,
@@ -69,7 +69,8 @@ def save_random(folder, config=CONFIG):
         "vae_encoder": vae_encoder(config.vae),
         "vae_decoder": vae_decoder(config.vae),
     }
-    params = {name: net.init(jax.random.key(i)) for i, (name, net) in enumerate(networks.items())}
+    # Compiling what initialises them would take most of a test's time.
+    params = {name: random_params(net.shapes) for name, net in networks.items()}
     configs = {
         "text_encoder": config.text_encoder,
         "text_encoder_2": config.text_encoder_2,

@@ -50,7 +50,9 @@ def test_meg_tinys_messages_depend_on_neither(pipeline):
 
 
 @pytest.mark.parametrize("seed", [0, 2**31, 2**32 - 1])
-@pytest.mark.parametrize(("steps", "ratio", "tome"), [(4, 0, 0), (7, 0.4, 0), (5, 0.9, 0), (5, 0.4, 0.5)])
+@pytest.mark.parametrize(
+    ("steps", "ratio", "tome"), [(4, 0.0, 0.0), (7, 0.4, 0.0), (5, 0.9, 0.0), (5, 0.4, 0.5)]
+)
 def test_messages_are_the_splits_own(pipeline, seed, steps, ratio, tome):
     request = Request(PROMPTS[0], seed=seed, steps=steps, ratio=ratio)
     sent = engine.messages(pipeline, [task(pipeline, seed, steps=steps, ratio=ratio)], 1, tome)[0][0]
