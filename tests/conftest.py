@@ -1,5 +1,8 @@
 """Settings that every test runs under: shapes and dtypes checked at run time, no silent rank promotion."""
 
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -16,6 +19,22 @@ COMPILE_QUICKLY = ("distill/", "models/test_networks.py", "pipeline/")
 
 FIRST = ("test_pretrain.py", "test_meshes.py", "test_networks.py")
 """Files that take longest: begun last, they would keep one process busy while the others wait."""
+
+
+def pytest_configure(config):
+    """Let all processes of one run, those that tests start included, share what they compile."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # the user's, or the run's in its workers
+        return
+    config.compilations = tempfile.mkdtemp(prefix="megjax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = config.compilations
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    jax.config.update("jax_compilation_cache_dir", config.compilations)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "compilations"):
+        shutil.rmtree(config.compilations, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

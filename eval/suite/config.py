@@ -10,9 +10,11 @@ from typing import Literal, TypeAlias, get_args
 
 from megjax.checks import LARGEST_SEED, within
 from megjax.errors import MegError
+from megjax.link.counts import largest_ratio
 from megjax.link.features import FeatureRules
+from megjax.link.payload import rounds_of
 from megjax.link.profiles import load
-from megjax.rl.problem import largest_ratio
+from megjax.rl.problem import SDXL_GRID
 
 Physical: TypeAlias = Literal["sdxl", "tiny"]
 """Whose bits and FLOPs are charged: full SDXL's at 1024 x 1024, or those of the model that draws."""
@@ -117,10 +119,10 @@ def check(config: SuiteConfig) -> None:
     within(config, 0, LARGEST_SEED, "seed")
     ratios = config.ratios
     increasing = all(a < b for a, b in itertools.pairwise(ratios))  # which NaN is not
-    most = largest_ratio(config.rules)
-    if len(ratios) < 2 or not increasing or ratios[0] != 0 or not most <= ratios[-1] <= 15 / 16:
+    least, most = (largest_ratio(SDXL_GRID, rounds) for rounds in (rounds_of(config.rules), 2))
+    if len(ratios) < 2 or not increasing or ratios[0] != 0 or not least <= ratios[-1] <= most:
         # Policies choose from all of them, and outside of what was measured there is no quality.
-        raise MegError(f"ratios {ratios}: at least two, increasing from 0 to {most:g} are allowed")
+        raise MegError(f"ratios {ratios}: at least two, increasing from 0 to {least:g} are allowed")
     levels = (config.feature_psnr_db, *config.noise_psnrs_db)
     if not all(map(math.isfinite, levels)) or not config.noise_psnrs_db:
         raise MegError(f"psnr_db {levels}: finite numbers of dB are allowed, at least one of noise")

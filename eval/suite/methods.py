@@ -13,8 +13,9 @@ from eval.suite.physical import SDXL_LATENT
 from megjax.distill.decoder import gated, magnitude_pruned
 from megjax.distill.pruning import kept_count
 from megjax.errors import MegError
+from megjax.link.counts import largest_ratio
 from megjax.link.features import FeatureRules
-from megjax.link.payload import PayloadRules, payload_bits
+from megjax.link.payload import PayloadRules, payload_bits, rounds_of
 from megjax.merging import token_grid
 from megjax.models import Params
 from megjax.pipeline.load import Pipeline
@@ -116,8 +117,7 @@ def bits(name: Name, shape: Shape, level: float, rules: PayloadRules = "default"
     if name == "pruning_magnitude":
         return rivals.pruned().bits(shape, level)
     grid = token_grid(h, w)
-    # The payload's own limits: two rounds reach 15/16, one round clips by itself.
-    ratio = min(level, 15 / 16 if rules == "default" else 1.0)
+    ratio = min(level, largest_ratio(grid, rounds_of(rules)))
     return int(payload_bits(ratio, grid[0] * grid[1], 4 * c, rules=rules, grid=grid))
 
 

@@ -51,6 +51,11 @@ def most_merged(grid: Grid, rounds: Rounds = 2) -> tuple[int, ...]:
     return tuple(limits)
 
 
+def largest_ratio(grid: Grid, rounds: Rounds = 2) -> float:
+    """Return the ratio beyond which nothing more merges: 15/16 on whole 4 x 4 cells, 3/4 in one round."""
+    return sum(most_merged(grid, rounds)) / (grid[0] * grid[1])
+
+
 def merged_counts(ratio: ScalarLike, grid: Grid, rounds: Rounds = 2) -> tuple[Count, ...]:
     """Return R of each round, Eq. (16): R = min(limit, floor(float32(r) N + 1e-4)), round 1 filled first.
 
@@ -88,7 +93,7 @@ def _checked_counts(ratio: np.float32, grid: Grid, rounds: Rounds) -> tuple[int,
     if rounds > 1 and total > most:
         raise MegError(
             f"merging ratio {ratio:g} merges {total} of the {grid[0]} x {grid[1]} tokens, two rounds at most "
-            f"{most}: use a ratio of at most {most / (grid[0] * grid[1]):g}"
+            f"{most}: use a ratio of at most {largest_ratio(grid, rounds):g}"
         )
     return clipped_counts(ratio, grid, rounds)
 

@@ -18,6 +18,11 @@ PayloadRules: TypeAlias = Literal["default", "paper", "free"]
 """
 
 
+def rounds_of(rules: PayloadRules) -> Rounds:
+    """Return the matching rounds that the rules merge in."""
+    return 2 if rules == "default" else 1
+
+
 def payload_bits(
     ratio: ScalarLike,
     tokens: int,
@@ -48,8 +53,7 @@ def payload_bits(
     grid = _grid_of(tokens) if grid is None else grid
     if grid[0] * grid[1] != tokens:
         raise MegError(f"{tokens} tokens on a {grid[0]} x {grid[1]} grid: need {grid[0] * grid[1]}")
-    rounds: Rounds = 2 if rules == "default" else 1
-    counts = merged_counts(ratio, grid, rounds)
+    counts = merged_counts(ratio, grid, rounds_of(rules))
     features = (tokens - sum(counts)) * channels * bits_per_scalar
     if rules == "free":
         return features

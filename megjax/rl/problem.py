@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Shaped
 from megjax.errors import MegError
 from megjax.link import profiles
 from megjax.link.cost import SDXL, SDXL_UNMERGED
-from megjax.link.counts import most_merged
-from megjax.link.payload import PayloadRules, payload_bits
+from megjax.link.counts import largest_ratio
+from megjax.link.payload import PayloadRules, payload_bits, rounds_of
 from megjax.rl.env import REFERENCE, Env, EnvParams, Payload, analytic_payload, make_env
 from megjax.rl.optimum import Tables, tables
 from megjax.rl.quality import QualitySource, Table, analytic_mse, mean_table
@@ -29,6 +29,9 @@ class Problem(NamedTuple):
 
 
 ANALYTIC = Problem()
+
+SDXL_GRID = (64, 64)
+"""Tokens of SDXL's latent, 2 x 2 values each."""
 
 
 def environment(problem: Problem, *, observe_limits: bool = False) -> Env:
@@ -81,9 +84,10 @@ def measured(table: Table, profile: profiles.AnyProfile, psnr_db: float) -> Prob
     if not low <= psnr_db <= high:
         raise MegError(f"psnr_db {psnr_db:g}: the table was measured from {low:g} to {high:g} dB")
     least, most = table.ratios[[0, -1]]
-    if least > 0 or most < largest_ratio(rules):
+    wanted = largest_ratio(SDXL_GRID, rounds_of(rules))
+    if least > 0 or most < wanted:
         raise MegError(
-            f"the table's ratios go from {least:g} to {most:g}: measure from 0 to {largest_ratio(rules):g}, "
+            f"the table's ratios go from {least:g} to {most:g}: measure from 0 to {wanted:g}, "
             "which policies choose from"
         )
     if tome_ratio not in (0.0, 0.5):
@@ -98,12 +102,6 @@ def measured(table: Table, profile: profiles.AnyProfile, psnr_db: float) -> Prob
         max_steps=int(table.steps[-1]),
     )
     return Problem(params, table, wire_payload(rules=rules))
-
-
-def largest_ratio(rules: PayloadRules) -> float:
-    """Return the merging ratio beyond which no message gets shorter: 15/16, in one round 3/4."""
-    grid = (64, 64)
-    return sum(most_merged(grid, 2 if rules == "default" else 1)) / (grid[0] * grid[1])
 
 
 def wire_payload(tokens: int = 4096, channels: int = 16, rules: PayloadRules = "default") -> Payload:

@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int, UInt32
 from megjax import merging
 from megjax.diffusion import Conditioning
 from megjax.errors import MegError
-from megjax.link import wire
-from megjax.link.counts import Grid, most_merged
+from megjax.link import counts, wire
+from megjax.link.counts import Grid
 from megjax.link.payload import payload_bits
 from megjax.models import Params
 from megjax.pipeline import Pipeline, Request, check
@@ -117,8 +117,7 @@ def grid_of(pipeline: Pipeline, size: Size) -> Grid:
 
 def largest_ratio(pipeline: Pipeline, size: Size) -> float:
     """The most of a picture's tokens that can be merged."""
-    grid = grid_of(pipeline, size)
-    return min(MAX_RATIO["default"], sum(most_merged(grid)) / (grid[0] * grid[1]))
+    return min(MAX_RATIO["default"], counts.largest_ratio(grid_of(pipeline, size)))
 
 
 def fewest_steps(pipeline: Pipeline) -> int:
