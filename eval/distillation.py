@@ -179,8 +179,8 @@ def refuse(config: Config) -> None:
     """Refuse what cannot be measured, before anything is.
 
     Raises:
-        MegError: captions or pictures that are not whole batches or a single one, a seed out of range, or a
-            file that cannot be written.
+        MegError: captions or pictures that are not whole batches or a single one; a seed, guidance or PSNR
+            out of range; a file that cannot be written.
     """
     counts = (config.captions, config.pictures)
     whole = config.batch >= 1 and not any(count % config.batch for count in counts)
@@ -190,6 +190,8 @@ def refuse(config: Config) -> None:
             "batch of at least 1, 2 or more for an interval, or 0 to leave a part out"
         )
     within(config, 0, LARGEST_SEED, "seed")
+    within(config, 0, 1e3, "guidance", "teacher_guidance")
+    within(config, -100, 1e3, "psnr_db")
     if config.output is not None:
         writable(config.output)
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Key
 
 from megjax.diffusion import Conditioning
 from megjax.errors import MegError
+from megjax.link.cost import calls_per_step
 from megjax.pipeline import Pipeline
 from megjax.pipeline.split import Sampler, condition, denoise, unet_params
 from megjax.text import tokenize
@@ -77,7 +78,7 @@ def draw(
         tome_ratio: of the tokens merged inside the U-Net's self-attention.
     """
     params, noise = unet_params(pipeline, sampler)[0], prompts.noise_BxHxWxC
-    empty = None if guidance == 1.0 else prompts.empty
+    empty = prompts.empty if calls_per_step(guidance) == 2 else None
     return denoise(
         pipeline,
         params,

@@ -50,6 +50,15 @@ def load_tokenizers(folder: str | Path) -> tuple[CLIPTokenizer, ...]:
     return tuple(tokenizers)
 
 
+def is_text(text: str) -> bool:
+    """Whether a string can be encoded: bytes of another encoding, or half an emoji in JSON, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def tokenize(
     tokenizers: Sequence[CLIPTokenizer],
     prompts: Sequence[str],
@@ -65,12 +74,17 @@ def tokenize(
         name: of the argument that gave them, for errors.
         allow_empty: for the unconditional prompt of classifier-free guidance.
 
-    Raises `MegError` for a prompt that is empty or longer than the model reads, and for words that a small
-    vocabulary does not have; nothing is cut off silently.
+    Raises `MegError` for a prompt that is empty, longer than the model reads or no Unicode text, and for
+    words that a small vocabulary does not have; nothing is cut off silently.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise MegError("prompts: none given; one a picture is needed")
+    for prompt in prompts:
+        if not is_text(prompt):
+            raise MegError(
+                f"{name} {prompt[:60]!r}: is not Unicode text; a terminal or file of UTF-8 gives it"
+            )
     ids = []
     for tokenizer in tokenizers:
         limit = tokenizer.model_max_length

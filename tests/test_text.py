@@ -109,6 +109,11 @@ def test_an_empty_prompt(clip, prompt):
     np.testing.assert_array_equal(ids[:, 0, :3], [[49406, 49407, 49407], [49406, 49407, 0]])
 
 
+def test_bytes_of_another_encoding_are_no_prompt(small):
+    with pytest.raises(MegError, match=r"prompt 'a red \\udce9': is not Unicode text"):
+        text.tokenize(text.load_tokenizers(small), ["a red \udce9"])
+
+
 def test_no_prompts(small):
     with pytest.raises(MegError, match="none given"):
         text.tokenize(text.load_tokenizers(small), [])

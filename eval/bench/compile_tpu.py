@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from eval.bench import child, save, start, timed
 from megjax.errors import MegError
+from megjax.files import writable_folder
 
 Side = Literal["megjax", "flax-diffusers"]
 
@@ -66,6 +67,8 @@ def main(config: Config) -> None:
         raise MegError(
             "--program gradient: of --sides megjax alone; diffusers' class has no rematerialisation"
         )
+    if config.hlo is not None:
+        writable_folder(config.hlo, "hlo")
     report = {}
     for side in config.sides:
         report[side] = run(config, side)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.bench import child, save, start, timed
+from megjax.files import writable_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,8 @@ def main(config: Config) -> None:
     if config.load is not None:
         print(json.dumps(loaded(config.load)))
         return
+    if config.folder is not None:
+        writable_folder(config.folder, "folder")
     with tempfile.TemporaryDirectory(dir=config.folder) as folder:
         write(Path(folder), config.shard_gb)
         text = child("eval.bench.load", "--load", folder, env={"JAX_PLATFORMS": "cpu"})

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ import tyro
 
 from configs.policy import CONDITIONED, DEFAULT, PAPER, PPO, PPO_PLAIN
 from eval.bench import save, start, timed
+from megjax.checks import within
 from megjax.errors import MegError
 from megjax.rl.cvpo import CvpoConfig, make_cvpo
 from megjax.rl.env import REFERENCE, make_env
@@ -53,6 +55,7 @@ class Config:
     preset: Literal["default", "conditioned", "paper", "ppo", "ppo-plain"] = "default"
     """Of `bars`."""
     limits: tuple[tuple[float, float], ...] = ((3.0, 1.8), (2.5, 1.8), (4.0, 1.0))
+    """Of `bars`; the preset `conditioned` has its own."""
     first_seed: int = 1000
     seeds: int = 10
     folder: Path = Path("runs/bars")
@@ -63,8 +66,9 @@ def main(config: Config) -> None:
     """Run the comparison that is asked for.
 
     Raises:
-        MegError: its peer is not installed.
+        MegError: its peer is not installed; fewer than one round.
     """
+    within(config, 1, math.inf, "rounds")
     package, extra = PEERS.get(config.what, (None, None))
     if package and importlib.util.find_spec(package) is None:
         raise MegError(f"{package} not installed: pip install 'megjax[{extra}]'")

@@ -20,15 +20,17 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 from rich.progress import track
 
-from eval.prompts import draw, prompts_of, refuse_windows
+from eval.prompts import Prompts, draw, prompts_of, refuse_windows
+from eval.suite.config import Dtype
 from megjax.checks import within
 from megjax.data.grammar import captions
 from megjax.data.scenes import sample_scenes
 from megjax.errors import MegError
 from megjax.link.features import FeatureRules
+from megjax.models import Params
 from megjax.pipeline import Pipeline, Request, check
 from megjax.pipeline.generate import REFERENCE_STEPS
-from megjax.pipeline.split import decode, noise_unit, send, unet_params
+from megjax.pipeline.split import decode, finite, noise_unit, send, unet_params
 from megjax.rl.quality import QualitySource, Table, decoded_mse, make_table
 
 
@@ -40,6 +42,8 @@ class QualityTableConfig:
     """An embedded backbone, or a folder in diffusers layout."""
     pictures: int = 48
     """Fresh captions of scenes, one picture each."""
+    batch: int = 48
+    """Pictures at a time."""
     steps: tuple[int, ...] = tuple(range(4, 13))
     ratios: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.875, 0.9375)
     psnrs_db: tuple[float, ...] = (5.0, 10.0, 15.0, 20.0)
@@ -50,14 +54,16 @@ class QualityTableConfig:
     """Of the tokens merged in the U-Net's self-attention; the reference's too under the rules `paper`."""
     rules: FeatureRules = "default"
     seed: int = 2024
+    dtype: Dtype = "float32"
+    """Of weights and activations."""
     output: Path = Path("quality.npz")
 
 
 class Pictures(NamedTuple):
     """What is sent, and what it is compared with."""
 
-    latents_TxPxHxWxC: Float[Array, "T P H W C"]
-    reference_PxYxXx3: Float[Array, "P Y X 3"]
+    latents_TxPxHxWxC: Float[np.ndarray, "T P H W C"]
+    reference_PxYxXx3: Float[np.ndarray, "P Y X 3"]
 
 
 def refuse(pipeline: Pipeline, config: QualityTableConfig) -> None:
@@ -71,7 +77,7 @@ def refuse(pipeline: Pipeline, config: QualityTableConfig) -> None:
         MegError: an axis that is empty or does not increase, values that the pipeline does not run with, or
             no pictures or draws.
     """
-    within(config, 1, math.inf, "pictures", "draws")
+    within(config, 1, math.inf, "pictures", "draws", "batch")
     for name in ("steps", "ratios", "psnrs_db"):
         axis = getattr(config, name)
         increasing = all(low < high for low, high in itertools.pairwise(axis))
@@ -101,15 +107,24 @@ def pictures(pipeline: Pipeline, config: QualityTableConfig) -> Pictures:
     refuse(pipeline, config)
     key_scenes, key_noise = jax.random.split(jax.random.key(config.seed))
     texts = captions(sample_scenes(key_scenes, config.pictures, "all"))
-    prompts, sampler = prompts_of(pipeline, texts, key_noise), unet_params(pipeline)[1]
-
-    def latents(steps: int, tome_ratio: float) -> Array:
-        return draw(pipeline, prompts, sampler, steps, config.guidance, tome_ratio)
-
+    sampler, frozen = unet_params(pipeline)[1], pipeline.params["vae_decoder"]
     reference_tome = config.tome_ratio if config.rules == "paper" else 0.0
-    reference = decode(pipeline, pipeline.params["vae_decoder"], latents(REFERENCE_STEPS, reference_tome))
-    found = [latents(steps, config.tome_ratio) for steps in track(config.steps, "denoising")]
-    return Pictures(jnp.stack(found), reference)
+    latents, references = [], []
+    for own in track(_batches(config), "denoising"):
+        key = key_noise if own.start == 0 else jax.random.fold_in(key_noise, own.start)
+        prompts = prompts_of(pipeline, texts[own], key)
+
+        def z(steps: int, tome_ratio: float, prompts: Prompts = prompts) -> Array:
+            return draw(pipeline, prompts, sampler, steps, config.guidance, tome_ratio)
+
+        reference = decode(pipeline, frozen, z(REFERENCE_STEPS, reference_tome))
+        references.append(finite(np.asarray(reference, np.float32)))
+        latents.append(np.stack([np.asarray(z(T, config.tome_ratio), np.float32) for T in config.steps]))
+    return Pictures(np.concatenate(latents, axis=1), np.concatenate(references))
+
+
+def _batches(config: QualityTableConfig) -> list[slice]:
+    return [slice(i, i + config.batch) for i in range(0, config.pictures, config.batch)]
 
 
 def measure(pipeline: Pipeline, config: QualityTableConfig) -> Table:
@@ -119,19 +134,24 @@ def measure(pipeline: Pipeline, config: QualityTableConfig) -> Table:
     levels = np.stack(np.meshgrid(config.ratios, config.psnrs_db, indexing="ij"), axis=-1).reshape(-1, 2)
 
     @jax.jit
-    def log_mse(z_PxHxWxC: Array, key: PRNGKeyArray) -> Array:
+    def log_mse(decoder: Params, z_PxHxWxC: Array, reference_PxYxXx3: Array, key: PRNGKeyArray) -> Array:
         """Return log MSE [ratio x PSNR, P] of one number of steps."""
 
         def at(level: Array) -> Array:
             received = send(key, z_PxHxWxC, level[0], level[1], rules=config.rules, unit=unit)
-            shown = decode(pipeline, pipeline.device_decoder, received.z_BxHxWxC)
-            return jnp.log(jnp.mean((shown - sent.reference_PxYxXx3) ** 2, axis=(1, 2, 3)))
+            shown = decode(pipeline, decoder, received.z_BxHxWxC)
+            return jnp.log(jnp.mean((shown - reference_PxYxXx3) ** 2, axis=(1, 2, 3)))
 
         return jax.lax.map(at, jnp.asarray(levels, jnp.float32))
 
-    keys = jax.random.split(jax.random.key(config.seed + 1), config.draws)
+    def mean(z_PxHxWxC: np.ndarray, own: slice) -> np.ndarray:
+        key = jax.random.fold_in(jax.random.key(config.seed + 1), own.start)
+        given = (pipeline.device_decoder, z_PxHxWxC[own], sent.reference_PxYxXx3[own])
+        return np.mean([log_mse(*given, draw) for draw in jax.random.split(key, config.draws)], axis=0)
+
     rows = [
-        np.mean([log_mse(z, key) for key in keys], axis=0) for z in track(sent.latents_TxPxHxWxC, "sending")
+        np.concatenate([mean(z, own) for own in _batches(config)], axis=-1)
+        for z in track(sent.latents_TxPxHxWxC, "sending")
     ]
     shape = (len(config.steps), len(config.ratios), len(config.psnrs_db), config.pictures)
     mse = np.exp(np.asarray(rows, float).reshape(shape)).transpose(3, 0, 1, 2)
@@ -150,8 +170,8 @@ def live(pipeline: Pipeline, config: QualityTableConfig) -> QualitySource:
         return send(key, z, ratio, psnr_db, rules=config.rules, unit=unit).z_BxHxWxC
 
     return decoded_mse(
-        jnp.swapaxes(sent.latents_TxPxHxWxC, 0, 1),
-        sent.reference_PxYxXx3,
+        jnp.asarray(sent.latents_TxPxHxWxC.swapaxes(0, 1)),
+        jnp.asarray(sent.reference_PxYxXx3),
         config.steps,
         receive,
         lambda z: decode(pipeline, pipeline.device_decoder, z),

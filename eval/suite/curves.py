@@ -239,7 +239,7 @@ def noise(context: Context) -> Record:
 def payload_data(context: Context) -> dict[Name, tuple[list[float], np.ndarray]]:
     """Return each method's messages in bits and its MSE, L x P, at as many of `SHARES` as it reaches."""
     config = context.config
-    shape = physical.scale(config.physical, get(context, counts(config))).latent
+    shape = physical.scale(config.physical, get(context, counts(config)), config.guidance).latent
     whole, psnrs_db = methods.bits("split", shape, 0.0), (config.feature_psnr_db,)
     data: dict[Name, tuple[list[float], np.ndarray]] = {}
     for name in (*context.prunings, "meg"):
@@ -262,7 +262,7 @@ def payload(context: Context) -> Record:
         x, y = [b / 8e3 for b in bits], [mean(e) for e in errors]
         curves.append(line(name, LABELS[name], x, y, "measured", points=single))
     coded = get(context, codecs(config))
-    scale = physical.scale(config.physical, get(context, counts(config)))
+    scale = physical.scale(config.physical, get(context, counts(config)), config.guidance)
     photographs = coded["photographs"] if config.physical == "sdxl" else None
     area = scale.picture[0] * scale.picture[1]
     size = float((photographs or coded["own"])["jpeg_bits"].mean()) * area / 8e3

@@ -172,7 +172,7 @@ def _drawn_cells(context: Context, key: Learner, limit: int, which: int) -> Reco
 
 def _costs(context: Context, made: Any) -> dict[str, np.ndarray]:
     config = context.config
-    scale = physical.scale(config.physical, get(context, counts(config)))
+    scale = physical.scale(config.physical, get(context, counts(config)), config.guidance)
     compute = physical.computation(load(config.profile), scale, tome=True)
     bits = [methods.bits("meg", scale.latent, ratio, config.rules) for ratio in made["ratios"]]
     snr_P = physical.draw_channels(config.seed, config.pictures)

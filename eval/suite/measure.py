@@ -16,7 +16,7 @@ from eval.suite.config import MAX_STEPS, SuiteConfig
 from eval.suite.context import Context, Stage, get
 from eval.suite.methods import LABELS, TOME, Method, Name
 from megjax.models import Params
-from megjax.pipeline.split import decode, denoise, unet_params
+from megjax.pipeline.split import decode, denoise, finite, unet_params
 
 NOISE, AIR = 2, 3
 """Purposes of keys."""
@@ -179,7 +179,7 @@ def _through(
             keys[own], jnp.asarray(z_PxHxWxC[own]), jnp.asarray(level_P[own]), noise
         )
         parts.append(decode(context.pipeline, method.decoder, received))
-    return np.concatenate([np.asarray(part, np.float32) for part in parts])
+    return finite(np.concatenate([np.asarray(part, np.float32) for part in parts]))
 
 
 @functools.cache
@@ -192,4 +192,4 @@ def _decode(context: Context, params: Params, z_PxHxWxC: np.ndarray) -> Float[np
     batch = context.config.batch
     starts = range(0, len(z_PxHxWxC), batch)
     parts = [decode(context.pipeline, params, jnp.asarray(z_PxHxWxC[i : i + batch])) for i in starts]
-    return np.concatenate([np.asarray(part, np.float32) for part in parts])
+    return finite(np.concatenate([np.asarray(part, np.float32) for part in parts]))

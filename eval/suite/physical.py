@@ -13,7 +13,7 @@ from jaxtyping import Float
 from megjax import merging
 from megjax.link import channel
 from megjax.link.channel import DEFAULT_LINK
-from megjax.link.cost import Compute, FrameCost, Workload, frame_cost
+from megjax.link.cost import Compute, FrameCost, Workload, calls_per_step, frame_cost
 from megjax.link.payload import rgb_bits
 from megjax.link.profiles import AnyProfile, StepProfile, compute
 from megjax.models import (
@@ -78,11 +78,11 @@ def count(pipeline: Pipeline, tome_ratio: float) -> dict[str, Any]:
     }
 
 
-def scale(name: str, counted: dict[str, Any]) -> Scale:
-    """Return the record of counted FLOPs as what a frame is charged by."""
+def scale(name: str, counted: dict[str, Any], guidance: float) -> Scale:
+    """Return the record of counted FLOPs as what a frame is charged by under a guidance."""
     parts = {k: counted[k] for k in ("text_encoder_flops", "vae_encoder_flops", "vae_decoder_flops")}
     plain, merged = (
-        Workload(unet_call_flops=counted[k], calls_per_step=2, **parts)
+        Workload(unet_call_flops=counted[k], calls_per_step=calls_per_step(guidance), **parts)
         for k in ("unet_call_flops", "unet_call_tome_flops")
     )
     return Scale(name, tuple(counted["picture"]), tuple(counted["latent"]), plain, merged)

@@ -137,7 +137,7 @@ def learner_config(config: SuiteConfig, learner: Learner) -> Any:
 def _problem(
     config: SuiteConfig, context: Context, settings: Mapping[str, Any], counted: Any, *sweeps: Any
 ) -> dict[str, Any]:
-    scale = physical.scale(config.physical, counted)
+    scale = physical.scale(config.physical, counted, config.guidance)
     compute = physical.computation(load(config.profile), scale, tome=True)
     record = {
         # P x T x R x S

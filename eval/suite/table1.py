@@ -21,7 +21,7 @@ STATED, READ, DERIVED, INFERRED = "stated in the paper", "the authors' code", "d
 def table1(context: Context) -> Record:
     """Return Table I."""
     config, link = context.config, DEFAULT_LINK
-    scale = physical.scale(config.physical, get(context, counts(config)))
+    scale = physical.scale(config.physical, get(context, counts(config)), config.guidance)
     cvpo = learner_config(config, "cvpo")
     rows = [
         _row("distance, from", link.min_distance_m, 200, READ, "m"),

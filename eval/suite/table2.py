@@ -73,7 +73,7 @@ def table2(context: Context) -> Record:
     config, rows = context.config, entries(context)
     counted, coded = get(context, counts(config)), get(context, codecs(config))
     clean = get(context, reference(config))
-    scale = physical.scale(config.physical, counted)
+    scale = physical.scale(config.physical, counted, config.guidance)
     sent = {entry.label: message(entry, scale, coded, config) for entry in rows}
     calibrated = {e.label: _calibrated(e, sent[e.label].table2) for e in rows}
     modelled = {e.label: _modelled(context, e, scale, sent[e.label].modelled) for e in rows}

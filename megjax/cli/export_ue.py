@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -52,6 +53,8 @@ def export_ue_command(args: tyro.conf.OmitArgPrefixes[ExportUe]) -> None:
     size = None if args.height is None or args.width is None else (args.height, args.width)
     device = load_device(args.model, Options(args.dtype, args.dtype), decoder=args.decoder, size=size)
     error = None
+    if args.dtype == "float16" and not math.isfinite(picture_mse(device, device, 1)):
+        raise MegError("float16: the decoder overflows in it, as SDXL's own does; choose --dtype bfloat16")
     if args.weights == "int8":
         rounded = device._replace(params=quantised(device.params))
         error, device = picture_mse(device, rounded), rounded

@@ -20,7 +20,7 @@ from megjax.cli.output import engineering, png_output, save, to_uint8
 from megjax.data.pictures import upright_rgb
 from megjax.errors import MegError
 from megjax.link import channel, profiles
-from megjax.link.cost import FrameCost, frame_cost
+from megjax.link.cost import FrameCost, calls_per_step, frame_cost
 from megjax.link.features import FeatureRules, psnr_from_snr
 from megjax.models import Options
 from megjax.pipeline import Generated, Request, check, generate, generate_each, load_pipeline
@@ -159,7 +159,7 @@ def generate_command(args: tyro.conf.OmitArgPrefixes[Generate]) -> None:
             return
         result = generate(pipeline, request, start, on_stage=stage)
         stage("counting FLOPs")
-        work = workload(pipeline, size, args.tome_ratio)
+        work = workload(pipeline, size, args.tome_ratio, calls_per_step(args.guidance))
         rate_bps = channel.rate_bps(snr)
         cost = frame_cost(
             profiles.compute(profile, work, image_to_image=start is not None, tome=bool(args.tome_ratio)),

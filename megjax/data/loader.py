@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import math
+import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -30,9 +31,12 @@ from megjax.data.pictures import upright_rgb
 from megjax.data.render import render
 from megjax.data.scenes import sample_scenes
 from megjax.errors import MegError
+from megjax.text import is_text
 
 SCENES, HUB = "scenes", "hf:"
 FETCH_SECONDS = 20.0
+"""That a server may be silent; of an answer in all, three times as long."""
+FETCH_BYTES = 2**28
 SCENE_BATCH = 64
 
 
@@ -184,7 +188,13 @@ def _stream(config: DataConfig, size: int) -> Read:
     take = _forwards(lambda start: _large_enough(stream, config, start))
 
     def read(start: int, stop: int) -> list[Example | Broken]:
-        entries = take(start, stop)
+        try:
+            entries = take(start, stop)
+        except Exception as error:  # the same, hours later
+            raise MegError(
+                f"{config.source}: cannot be read on from picture {start} "
+                f"({str(error).partition(chr(10))[0]}); start again: what was read before is kept"
+            ) from None
         if len(entries) < stop - start:
             raise MegError(
                 f"{config.source}: ends after {start + len(entries)} pictures; lower --data.pictures"
@@ -228,7 +238,7 @@ def _of_row(row: Mapping[str, Any], name: str, config: DataConfig, size: int) ->
             # Some servers refuse a client without a name.
             request = urllib.request.Request(value, headers={"User-Agent": "megjax"})
             with urllib.request.urlopen(request, timeout=FETCH_SECONDS) as answer:
-                return answer.read()
+                return _bounded(answer)
         if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
             return value["bytes"]
         raise MegError(f"column {config.picture!r} holds neither pictures nor addresses")
@@ -237,9 +247,21 @@ def _of_row(row: Mapping[str, Any], name: str, config: DataConfig, size: int) ->
     return _example(where, contents, row.get(config.caption), size)
 
 
+def _bounded(answer: Any) -> bytes:
+    """Read an answer, of a server that may never come to its end."""
+    found, until = bytearray(), time.monotonic() + 3 * FETCH_SECONDS
+    while part := answer.read1(2**16):
+        found += part
+        if len(found) > FETCH_BYTES or time.monotonic() > until:
+            raise MegError(f"more than {FETCH_BYTES >> 20} MiB, or longer than {3 * FETCH_SECONDS:g} s")
+    return bytes(found)
+
+
 def _example(name: str, contents: Callable[[], bytes], caption: Any, size: int) -> Example | Broken:
     if not isinstance(caption, str) or not caption.strip():
         return Broken(name, "empty caption")
+    if not is_text(caption):
+        return Broken(name, "a caption that is not Unicode text")
     try:
         return Example(decode_picture(contents(), size), caption.strip())
     # Whatever a damaged file, a dead address or a hostile header makes a decoder raise.
@@ -284,28 +306,28 @@ class Rows(Protocol):
         ...
 
 
-def shuffled_batches(rows: Rows, batch: int, seed: int, process: tuple[int, int] | None = None) -> Any:
+def shuffled_batches(rows: Rows, batch: int, seed: int, part: tuple[int, int] = (0, 1)) -> Any:
     """Draw batches without end, every epoch in another order: Grain's iterator, with its position.
 
-    A batch has the same rows in the same order on any number of processes: of the global batch each process
-    gets its consecutive part. The position is the batch's number, so that a run can go on on other processes.
+    A batch has the same rows in the same order in any number of parts: of the global batch each gets its
+    consecutive rows. The position is the batch's number, so that a run can go on in other parts.
 
     Args:
         rows: to draw from.
         batch: rows of a global batch.
         seed: of the order.
-        process: this one's index and the number of all; left out, JAX's.
+        part: which part of the batch, of how many; of a mesh it is `megjax.training.sharding.batch_part`'s.
 
     Returns:
         An iterator with `get_state` and `set_state`, see `megjax.training.loop.Batches`.
 
     Raises:
-        MegError: fewer rows than a batch has, or a batch that the processes cannot share evenly.
+        MegError: fewer rows than a batch has, or a batch that does not divide by the parts.
     """
-    index, count = process or (jax.process_index(), jax.process_count())
+    index, count = part
     if batch % count or len(rows) < batch:
         raise MegError(
-            f"batch {batch}: must divide by the {count} processes and be at most the {len(rows)} examples"
+            f"batch {batch}: must divide by its {count} parts and be at most the {len(rows)} examples"
         )
     data = grain.MapDataset.source(rows).seed(seed).shuffle().repeat().batch(batch // count)[index::count]
     return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)))

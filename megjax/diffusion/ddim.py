@@ -20,7 +20,7 @@ from megjax.models.configs import check_only
 Denoise = Callable[[Float[Array, "B H W C"], Int[Array, " B"]], Float[Array, "B H W C"]]
 """Predicts the noise: (z_t, t) -> eps. Parameters, text and guidance are bound in it."""
 
-Spacing = Literal["leading", "trailing"]
+Spacing = Literal["leading", "trailing", "linspace"]
 """Where the timesteps lie: `leading` ends at the offset, `trailing` starts at the last, pure-noise step."""
 
 DDIM_CONFIG = "scheduler_config.json"
@@ -120,6 +120,13 @@ def read_schedule(path: str | Path) -> Schedule:
         raise WeightsError(f"{path}: {error}") from None
 
 
+def _rounded(numerator: Int[Array, ...], divisor: Int[Array, ...]) -> Int[Array, ...]:
+    """The quotient in integers, half to even as numpy rounds."""
+    quotient, rest = numerator // divisor, numerator % divisor
+    up = (2 * rest > divisor) | ((2 * rest == divisor) & (quotient % 2 == 1))
+    return quotient + up.astype(jnp.int32)
+
+
 def ddim_timesteps(
     sched: Schedule, steps: Int[Array, ""] | int, i: Int[Array, ...] | int
 ) -> tuple[Int[Array, ...], Int[Array, ...]]:
@@ -138,12 +145,10 @@ def ddim_timesteps(
     stride = S // steps
     if sched.spacing == "leading":
         t = (steps - 1 - i) * stride + sched.offset
+    elif sched.spacing == "trailing":
+        t = _rounded(S * (steps - i), steps) - 1
     else:
-        # round(S - i S / steps) - 1 in integers (half to even, as numpy rounds).
-        numerator = S * (steps - i)
-        quotient, rest = numerator // steps, numerator % steps
-        up = (2 * rest > steps) | ((2 * rest == steps) & (quotient % 2 == 1))
-        t = quotient + up.astype(jnp.int32) - 1
+        t = _rounded((S - 1) * (steps - 1 - i), jnp.maximum(steps - 1, 1))
     t = jnp.clip(t, 0, S - 1)
     return t, t - stride
 

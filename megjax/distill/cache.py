@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from megjax.errors import MegError
 from megjax.files import writable_folder, write_file
+from megjax.training.processes import together
 
 JUDGED_AFTER = 1000
 """Examples seen before the share of broken ones is judged, or all of them."""
@@ -141,7 +141,7 @@ def cached(
                 if time.time() - unfinished.stat().st_mtime > ABANDONED_AFTER_S:
                     shutil.rmtree(unfinished, ignore_errors=True)
         _write_json(own / "key.json", dict(key))
-    _together("cache opened")
+    together("cache opened")
     parts = [own / f"part-{i:06d}" for i in range(-(-examples // shard))]
     seen, broken = 0, []
     for i, part in list(enumerate(parts))[jax.process_index() :: jax.process_count()]:
@@ -160,7 +160,7 @@ def cached(
         progress(stop)
         if seen >= JUDGED_AFTER:
             _judge(broken, seen, max_broken)
-    _together("cache complete")
+    together("cache complete")
     broken = [line for part in parts for line in _broken(part)]
     _judge(broken, examples, max_broken)
     if broken and jax.process_index() == 0:
@@ -187,10 +187,17 @@ def fingerprint(folder: Path) -> str:
 
 def _write(part: Path, block: Block) -> None:
     temporary = _beside(part)
-    temporary.mkdir()
-    for name, array in block.arrays.items():
-        np.save(temporary / f"{name}.npy", np.ascontiguousarray(array))  # row by row, as `Stored` reads
-    _write_json(temporary / "broken.json", list(block.broken))
+    try:
+        temporary.mkdir()
+        for name, array in block.arrays.items():
+            np.save(temporary / f"{name}.npy", np.ascontiguousarray(array))  # row by row, as `Stored` reads
+        _write_json(temporary / "broken.json", list(block.broken))
+    except (OSError, MegError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise MegError(
+            f"{part}: cannot be written ({getattr(error, 'strerror', None) or error}); make room and start "
+            "again: what was computed before is kept"
+        ) from None
     try:
         temporary.rename(part)
     except OSError:
@@ -233,8 +240,3 @@ def _write_json(path: Path, value: Any) -> None:
 def _beside(path: Path) -> Path:
     """A hidden name that no other run has, which may be filling the same cache."""
     return path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-
-
-def _together(what: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)

@@ -45,7 +45,8 @@ from megjax.training.logs import Report, Work, counted_work
 from megjax.training.loop import Evaluate, check_run, fit
 from megjax.training.optimizer import make_optimizer
 from megjax.training.placing import place
-from megjax.training.sharding import make_mesh, replicated, state_shardings
+from megjax.training.processes import together
+from megjax.training.sharding import batch_part, make_mesh, replicated, state_shardings
 from megjax.training.step import Loss, Metrics, Step, TrainState, init_state, make_step
 
 Method: TypeAlias = Literal["meg", "split_finetune", "pruning", "magnitude_pruning"]
@@ -110,6 +111,8 @@ class DecoderConfig:
     tensorboard: bool = False
     distributed: bool = False
     """Join the run's other processes first, see `megjax.training.processes`."""
+    sigterm_code: int = 0
+    """Exit code of a run that SIGTERM ended, for launchers that take 0 for the end of the work."""
     peak_flops_per_s: float = 0.0
     """Of one device, for the FLOP utilisation; 0 looks it up by the device's name."""
 
@@ -266,7 +269,9 @@ def train_decoder(config: DecoderConfig) -> Path:
         steps=config.steps,
         folder=config.folder,
         name=config.method,
-        batches=shuffled_batches(rows.first(len(rows) - config.held_out), config.batch, config.seed),
+        batches=shuffled_batches(
+            rows.first(len(rows) - config.held_out), config.batch, config.seed, batch_part(mesh)
+        ),
         mesh=mesh,
         every=config.every,
         checkpoint_every=config.checkpoint_every,
@@ -276,6 +281,7 @@ def train_decoder(config: DecoderConfig) -> Path:
         evaluate_every=config.evaluate_every,
         work=_work(config, pipeline, rows),
         tensorboard=config.tensorboard,
+        sigterm_code=config.sigterm_code,
     )
     folder = config.folder / DECODERS / config.method
     extra: dict[str, bytes] = {}
@@ -284,6 +290,7 @@ def train_decoder(config: DecoderConfig) -> Path:
         gate = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(gathered).items()}
         extra[GATE] = save(gate)
     save_weights(folder, program.decoder, state.ema["decoder"], extra=extra)
+    together("exported")
     return folder
 
 

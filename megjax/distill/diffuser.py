@@ -37,9 +37,17 @@ from megjax.training.checkpoints import claim
 from megjax.training.logs import Report, Work, counted_work
 from megjax.training.loop import Evaluate, check_run, fit
 from megjax.training.lora import init_lora, lora_loss, merge_lora
-from megjax.training.optimizer import Moments, Rule, make_optimizer
+from megjax.training.optimizer import MIN_SIDE, Moments, Rule, make_optimizer
 from megjax.training.placing import place, place_key
-from megjax.training.sharding import batch_sharding, make_mesh, param_shardings, replicated, state_shardings
+from megjax.training.processes import together
+from megjax.training.sharding import (
+    batch_part,
+    batch_sharding,
+    make_mesh,
+    param_shardings,
+    replicated,
+    state_shardings,
+)
 from megjax.training.step import (
     Inputs,
     Loss,
@@ -142,6 +150,8 @@ class DiffuserConfig:
     tensorboard: bool = False
     distributed: bool = False
     """Join the run's other processes first, see `megjax.training.processes`."""
+    sigterm_code: int = 0
+    """Exit code of a run that SIGTERM ended, for launchers that take 0 for the end of the work."""
     peak_flops_per_s: float = 0.0
     """Of one device, for the FLOP utilisation; 0 looks it up by the device's name."""
 
@@ -160,6 +170,11 @@ def check(config: DiffuserConfig, pipeline: Pipeline) -> None:
     known_dtype(config.dtype)
     if config.attention not in IMPLEMENTATIONS:
         raise MegError(f"attention {config.attention}: choose from {', '.join(IMPLEMENTATIONS)}")
+    if config.optimizer == "muon" and 0 < config.lora_rank < MIN_SIDE:
+        raise MegError(
+            f"lora_rank {config.lora_rank} with muon: it leaves matrices narrower than {MIN_SIDE} to AdamW; "
+            f"take a rank of {MIN_SIDE} or more, or --optimizer adamw"
+        )
     if config.attention == "cudnn" and config.dtype == "float32":
         raise MegError("attention cudnn in float32: choose --dtype bfloat16, or --attention xla")
     timesteps = len(pipeline.schedule.abar)
@@ -300,7 +315,8 @@ def train_diffuser(config: DiffuserConfig) -> Path:
     program = distillation(config, pipeline)
     # Before the data, which may take days to encode: what does not fit must not wait for it.
     check_run(config, mesh, NAME, program.state)
-    started = None if config.start is None else _started(config.start, config, pipeline)
+    shares = param_shardings(pipeline.unet.shapes, mesh)
+    started = None if config.start is None else _started(config.start, config, pipeline, shares)
     claim(config.folder, NAME, _meaning(config, pipeline))
     preset = {"dtype": config.dtype}
     rows = encoded_pictures(pipeline, config.data, config.cache, config.encode_batch, preset)
@@ -311,9 +327,8 @@ def train_diffuser(config: DiffuserConfig) -> Path:
     if config.solve_once:
         rows = _solved(config, pipeline, rows)
     key_init, key_run = jax.random.split(jax.random.key(config.seed))
-    shares = param_shardings(pipeline.unet.shapes, mesh)
     teacher = place(pipeline.params["unet"], shares)
-    first = teacher if started is None else place(started, shares)
+    first = teacher if started is None else started
     shardings = state_shardings(program.state, mesh, offload_ema=config.offload_ema)
     with jax.set_mesh(mesh):
         start = jax.jit(
@@ -324,7 +339,8 @@ def train_diffuser(config: DiffuserConfig) -> Path:
     del first, started
     release(pipeline, "vae_decoder")
     frozen = {"teacher": teacher, "empty": place(empty, jax.tree.map(lambda _: replicated(mesh), empty))}
-    batches = shuffled_batches(rows.first(len(rows) - config.held_out), config.batch, config.seed)
+    learned = rows.first(len(rows) - config.held_out)
+    batches = shuffled_batches(learned, config.batch, config.seed, batch_part(mesh))
     state = fit(
         program.step,
         start,
@@ -343,6 +359,7 @@ def train_diffuser(config: DiffuserConfig) -> Path:
         evaluate_every=config.evaluate_every,
         work=_work(config, pipeline, frozen, rows),
         tensorboard=config.tensorboard,
+        sigterm_code=config.sigterm_code,
     )
     if config.lora_rank:
         # Merged in the teacher's own dtype, small changes would be rounded away.
@@ -357,7 +374,7 @@ def _meaning(config: DiffuserConfig, pipeline: Pipeline) -> dict[str, Any]:
     return flow | scale | {"teacher": model_key(pipeline, ("unet", "scheduler"))}
 
 
-def _started(folder: Path, config: DiffuserConfig, pipeline: Pipeline) -> Params:
+def _started(folder: Path, config: DiffuserConfig, pipeline: Pipeline, shares: PyTree) -> Params:
     if config.lora_rank:
         raise MegError(f"--start {folder}: factors start from the teacher's weights; leave --lora-rank out")
     if (flow := read_flow(folder)) != Flow(config.kind, config.windows):
@@ -365,7 +382,7 @@ def _started(folder: Path, config: DiffuserConfig, pipeline: Pipeline) -> Params
             f"--start {folder}: a student of --kind {flow.kind} --windows {flow.windows}, this run is of "
             f"{config.kind}, {config.windows}"
         )
-    return weights.load(folder, pipeline.unet.shapes, dtype=jnp.float32)
+    return weights.load(folder, pipeline.unet.shapes, dtype=jnp.float32, shardings=shares)
 
 
 def _on_device(config: DiffuserConfig, ema: Params, mesh: Mesh) -> Params:
@@ -511,4 +528,5 @@ def _export(config: DiffuserConfig, pipeline: Pipeline, student: Params, teacher
     if jax.process_index() == 0:
         source = weights.open_folder(EMBEDDED.get(config.model, config.model)).path
         copy_backbone(source, model, {STUDENT: part})
+    together("exported")
     return model

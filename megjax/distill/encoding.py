@@ -22,6 +22,7 @@ from megjax.distill.cache import Block, Cache, cached, fingerprint
 from megjax.errors import MegError
 from megjax.pipeline.load import EMBEDDED, Pipeline
 from megjax.pipeline.split import condition, decode, denoise, encode, unet_params
+from megjax.training.logs import SPEED_OVER_S
 from megjax.training.sharding import batch_sharding, make_mesh, replicated
 
 STEPS = tuple(range(4, 13))
@@ -48,14 +49,14 @@ def encoded_pictures(
         batch: pictures at a time.
         preset: whatever else the result depends on, such as the pipeline's dtype.
     """
-    params = _spread(
+    params = spread(
         {name: pipeline.params[name] for name in ("text_encoder", "text_encoder_2", "vae_encoder")}
     )
 
     def arrays(examples: Sequence[Example], numbers: Sequence[int]) -> dict[str, Any]:
         del numbers
         image = np.stack([example.image_SxSx3 for example in examples]).astype(np.float32) / 255
-        z0 = encode(pipeline, params["vae_encoder"], _split(image))
+        z0 = encode(pipeline, params["vae_encoder"], split(image))
         text, pooled, _ = _condition(pipeline, params, [example.caption for example in examples])
         return {"z0": z0, "text": text, "pooled": pooled}
 
@@ -75,12 +76,12 @@ def encoded_latents(
         batch: pictures at a time.
         preset: see `encoded_pictures`.
     """
-    params = _spread({name: pipeline.params[name] for name in ("vae_encoder", "vae_decoder")})
+    params = spread({name: pipeline.params[name] for name in ("vae_encoder", "vae_decoder")})
 
     def arrays(examples: Sequence[Example], numbers: Sequence[int]) -> dict[str, Any]:
         del numbers
         image = np.stack([example.image_SxSx3 for example in examples]).astype(np.float32) / 255
-        z = encode(pipeline, params["vae_encoder"], _split(image))
+        z = encode(pipeline, params["vae_encoder"], split(image))
         picture = decode(pipeline, params["vae_decoder"], z)
         return {"z": np.asarray(z)[:, None], "picture": _bytes("picture", np.asarray(picture))}
 
@@ -123,7 +124,7 @@ def sampled_latents(
             f"{STEPS[-1]} steps; take a student of fewer windows"
         )
     names = ("text_encoder", "text_encoder_2", "vae_decoder")
-    params = _spread({"unet": unet, **{name: pipeline.params[name] for name in names}})
+    params = spread({"unet": unet, **{name: pipeline.params[name] for name in names}})
     config, size = pipeline.vae_decoder.config, pipeline.image_size
     shape = (size // config.downsampling, size // config.downsampling, config.latent_channels)
     noise_of = jax.jit(
@@ -133,8 +134,8 @@ def sampled_latents(
     def arrays(examples: Sequence[Example], numbers: Sequence[int]) -> dict[str, Any]:
         prompt = _condition(pipeline, params, [example.caption for example in examples])
         empty = _condition(pipeline, params, [""] * len(examples))
-        noise = _split(np.asarray(noise_of(np.asarray(numbers))))
-        start = _split(np.zeros(noise.shape, np.float32))
+        noise = split(np.asarray(noise_of(np.asarray(numbers))))
+        start = split(np.zeros(noise.shape, np.float32))
         z = [
             denoise(
                 pipeline, params["unet"], noise, prompt, empty, steps, guidance, start, 1.0, sampler=sampler
@@ -179,7 +180,7 @@ def caption_ids(
 def _condition(pipeline: Pipeline, params: Any, captions: Sequence[str]) -> Conditioning:
     ids_2xBxL, _ = caption_ids(pipeline, captions)
     size = (pipeline.image_size, pipeline.image_size)
-    return condition(pipeline, params, _split(ids_2xBxL, axis=1), size=size)
+    return condition(pipeline, params, split(ids_2xBxL, axis=1), size=size)
 
 
 def _build(
@@ -188,8 +189,7 @@ def _build(
     """Read, compute and store whatever is missing, with a progress bar."""
     size = pipeline.image_size
     pictures = open_pictures(data, size)
-    devices = jax.local_device_count()
-    batch = -(-batch // devices) * devices
+    batch = whole_batch(batch)
     shard = min(1024, max(16, 2**28 // (3 * size * size)))  # at most 256 MiB of pixels
     key = {**key, "data": data_key(data), "size": size, "shard": shard}
 
@@ -250,7 +250,8 @@ def progress_bar(name: str, total: int) -> Iterator[tuple[Callable[[str], None],
     """A bar on process 0, and a function that prints a line above it."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=jax.process_index() != 0) as bar:
+    hidden = jax.process_index() != 0
+    with Progress(*columns, console=console, disable=hidden, speed_estimate_period=SPEED_OVER_S) as bar:
         task = bar.add_task(name, total=total)
         yield (
             lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
@@ -258,14 +259,20 @@ def progress_bar(name: str, total: int) -> Iterator[tuple[Callable[[str], None],
         )
 
 
-def _spread(params: Any) -> Any:
+def whole_batch(batch: int) -> int:
+    """The batch, or the next that this process's devices share evenly."""
+    devices = jax.local_device_count()
+    return -(-batch // devices) * devices
+
+
+def spread(params: Any) -> Any:
     """Copy parameters to each of this process's devices."""
     if jax.local_device_count() == 1:
         return params
     return jax.device_put(params, replicated(make_mesh(devices=jax.local_devices())))
 
 
-def _split(array: np.ndarray, axis: int = 0) -> Array:
+def split(array: np.ndarray, axis: int = 0) -> Array:
     """Cut a batch over this process's devices."""
     if jax.local_device_count() == 1:
         return jnp.asarray(array)

@@ -19,13 +19,18 @@ class Workload(NamedTuple):
     unet_call_flops: Real = 5.73e12
     """One U-Net call."""
     calls_per_step: Real = 2
-    """2 under classifier-free guidance, 1 at guidance 1."""
+    """See the function."""
     vae_decoder_flops: Real = 10.5e12
 
 
 SDXL = Workload()
 SDXL_UNMERGED = SDXL._replace(unet_call_flops=6.76e12)
 """Without token merging in the U-Net."""
+
+
+def calls_per_step(guidance: float) -> int:
+    """Return the U-Net's calls of a step: both branches of guidance, at guidance 1 the prompt's alone."""
+    return 1 if guidance == 1.0 else 2
 
 
 class Compute(NamedTuple):

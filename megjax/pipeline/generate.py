@@ -15,12 +15,23 @@ from jaxtyping import Float
 
 from megjax.checks import LARGEST_SEED, within
 from megjax.errors import MegError
+from megjax.link.cost import calls_per_step
 from megjax.link.features import FeatureRules
 from megjax.link.payload import payload_bits
 from megjax.merging import token_grid
 from megjax.models import Params
 from megjax.pipeline.load import Pipeline
-from megjax.pipeline.split import Sampler, condition, decode, denoise, encode, noise_unit, send, unet_params
+from megjax.pipeline.split import (
+    Sampler,
+    condition,
+    decode,
+    denoise,
+    encode,
+    finite,
+    noise_unit,
+    send,
+    unet_params,
+)
 from megjax.text import tokenize
 
 REFERENCE_STEPS = 12
@@ -97,6 +108,8 @@ def check(request: Request, pipeline: Pipeline) -> None:
         raise MegError(f"rules {request.rules!r}: choose from {', '.join(get_args(FeatureRules))}")
     if request.sampler not in (None, *get_args(Sampler)):
         raise MegError(f"sampler {request.sampler!r}: choose from {', '.join(get_args(Sampler))}")
+    if request.sampler == "perflow" and "student" not in pipeline.params:
+        raise MegError(f"sampler perflow: {pipeline.name} has no few-step student; take ddim, or distil one")
     if type(request.steps) is not int:
         raise MegError(f"steps {request.steps}: a whole number is allowed")
     fewest = pipeline.flow.windows if unet_params(pipeline, request.sampler)[1] == "perflow" else 1
@@ -260,7 +273,7 @@ def _denoiser(
             unet,
             noise,
             prompt,
-            empty,
+            empty if calls_per_step(request.guidance) == 2 else None,
             steps,
             request.guidance,
             start,
@@ -287,9 +300,4 @@ def _check_picture(image_HxWx3: np.ndarray, shape: tuple[int, int, int]) -> None
 
 
 def _picture(pipeline: Pipeline, decoder: Params, z_1xHxWxC: jax.Array) -> np.ndarray:
-    image = np.asarray(decode(pipeline, decoder, z_1xHxWxC)[0])
-    if not np.isfinite(image).all():
-        raise MegError(
-            "the picture is not finite: the networks overflow in this dtype; use one of wider range"
-        )
-    return image
+    return finite(np.asarray(decode(pipeline, decoder, z_1xHxWxC)[0]))

@@ -141,6 +141,9 @@ def load_pipeline(
         "unet": unet(config(UNetConfig, "unet"), options),
     }
     _check_widths(str(model), networks, vae)
+    # Before the weights, which take minutes: the schedule may be of another kind.
+    noise = read_schedule(folder.path / "scheduler" / "scheduler_config.json")
+    flow = read_flow(folder.path / STUDENT)
     tokenizers = load_tokenizers(folder.path)
     _check_tokenizers(str(model), networks, tokenizers)
 
@@ -175,8 +178,8 @@ def load_pipeline(
         vae_decoder=decoder,
         params=params,
         tokenizers=tokenizers,
-        schedule=read_schedule(folder.path / "scheduler" / "scheduler_config.json"),
-        flow=read_flow(folder.path / STUDENT),
+        schedule=noise,
+        flow=flow,
         thin=thin,
     )
 

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from megjax import merging
@@ -179,6 +180,15 @@ def send(
 def decode(pipeline: Pipeline, params: Params, z_BxHxWxC: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
     """Run a decoder of the pipeline's, Eq. (20); pictures clipped to [0, 1]."""
     return jnp.clip(pipeline.decoder_of(params)(params, z_BxHxWxC), 0.0, 1.0)
+
+
+def finite(images: Float[np.ndarray, "*B H W 3"]) -> Float[np.ndarray, "*B H W 3"]:
+    """Return pictures as they are; raises `MegError` if one is not finite, as where float16 overflows."""
+    if not np.isfinite(images).all():
+        raise MegError(
+            "the picture is not finite: the networks overflow in this dtype; use one of wider range"
+        )
+    return images
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -14,13 +14,16 @@ from megjax.pipeline.load import Pipeline
 
 
 @functools.lru_cache(maxsize=32)
-def workload(pipeline: Pipeline, size: tuple[int, int], tome_ratio: float = 0.0) -> Workload:
+def workload(
+    pipeline: Pipeline, size: tuple[int, int], tome_ratio: float = 0.0, calls_per_step: int = 2
+) -> Workload:
     """Count the FLOPs of one picture's text encoders, U-Net call, VAE encoder and decoder, Eqs. (1)-(3).
 
     Args:
         pipeline: whose programs are lowered and counted.
         size: height and width of the picture; pixels.
         tome_ratio: of the tokens merged inside the U-Net's self-attention.
+        calls_per_step: see `megjax.link.cost.calls_per_step`.
     """
     vae, unet = pipeline.vae_decoder.config, pipeline.unet.config
     height, width = (n // vae.downsampling for n in size)
@@ -47,4 +50,4 @@ def workload(pipeline: Pipeline, size: tuple[int, int], tome_ratio: float = 0.0)
     encoded = flops.count(encoder, encoder.shapes, array(1, *size, 3)).flops
     decoder = pipeline.thin.get("meg", pipeline.vae_decoder)
     decoded = flops.count(decoder, decoder.shapes, array(1, height, width, vae.latent_channels)).flops
-    return Workload(text, encoded, call, 2, decoded)
+    return Workload(text, encoded, call, calls_per_step, decoded)

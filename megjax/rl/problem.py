@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Shaped
 
 from megjax.errors import MegError
 from megjax.link import profiles
-from megjax.link.cost import SDXL, SDXL_UNMERGED
+from megjax.link.cost import SDXL, SDXL_UNMERGED, calls_per_step
 from megjax.link.counts import largest_ratio
 from megjax.link.payload import PayloadRules, payload_bits, rounds_of
 from megjax.rl.env import REFERENCE, Env, EnvParams, Payload, analytic_payload, make_env
@@ -70,7 +70,8 @@ def measured(table: Table, profile: profiles.AnyProfile, psnr_db: float) -> Prob
     """Return the problem on a table's quality, as it was measured, with SDXL's costs.
 
     Args:
-        table: its record says by which rules messages were made, and how many tokens the U-Net merged.
+        table: its record says by which rules messages were made, under which guidance, and how many tokens
+            the U-Net merged.
         profile: the hardware.
         psnr_db: of the received features; dB.
 
@@ -95,6 +96,7 @@ def measured(table: Table, profile: profiles.AnyProfile, psnr_db: float) -> Prob
             f"the table was measured with tome_ratio {tome_ratio:g}: SDXL's costs are known for 0 and 0.5"
         )
     workload = SDXL if tome_ratio else SDXL_UNMERGED
+    workload = workload._replace(calls_per_step=calls_per_step(settings.get("guidance", 2.5)))
     params = EnvParams(
         compute=profiles.compute(profile, workload, tome=tome_ratio > 0),
         psnr_db=psnr_db,

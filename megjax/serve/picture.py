@@ -17,7 +17,7 @@ from megjax.errors import MegError
 from megjax.pipeline import Pipeline
 from megjax.pipeline.device import device_of
 from megjax.pipeline.generate import REFERENCE_STEPS
-from megjax.pipeline.split import decode
+from megjax.pipeline.split import decode, finite
 from megjax.serve.engine import Size, Task, latents
 
 
@@ -56,10 +56,11 @@ def show(pipeline: Pipeline, each: Sequence[tuple[Task, bytes, float]], batch: i
     for i, (task, message, psnr_db) in enumerate(each):
         try:
             image = look(message, task.seed, psnr_db)
+            decoded = decode(pipeline, pipeline.params["vae_decoder"], z_BxHxWxC[i : i + 1])
+            reference = finite(np.asarray(decoded[0]))
         except MegError as error:
             shown.append(error)
             continue
-        reference = np.asarray(decode(pipeline, pipeline.params["vae_decoder"], z_BxHxWxC[i : i + 1])[0])
         mse = float(np.mean(np.square(image - reference), dtype=np.float64))
         shown.append(Shown(png(image), png(reference), mse, -10 * math.log10(mse) if mse else None))
     return shown

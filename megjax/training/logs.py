@@ -118,6 +118,10 @@ def _nowhere(*_: Any) -> None:
     pass
 
 
+SPEED_OVER_S = 3600.0
+"""The time left follows from the speed over so many seconds: lines may be minutes apart."""
+
+
 @contextlib.contextmanager
 def open_logs(folder: Path, name: str, steps: int, *, tensorboard: bool = False) -> Iterator[Logs]:
     """Open `NAME.jsonl`, TensorBoard's `tensorboard/NAME`, `NAME-pictures` and a progress bar.
@@ -149,7 +153,7 @@ def open_logs(folder: Path, name: str, steps: int, *, tensorboard: bool = False)
         board = summary_writer()(str(folder / "tensorboard" / name)) if tensorboard else None
         if board is not None:
             stack.callback(board.close)
-        bar = stack.enter_context(Progress(*columns, console=console))
+        bar = stack.enter_context(Progress(*columns, console=console, speed_estimate_period=SPEED_OVER_S))
         task = bar.add_task(name, total=steps, note="")
 
         def rewind(step: int) -> None:

@@ -84,10 +84,11 @@ def fit(
     evaluate_every: int = 0,
     work: Work | None = None,
     tensorboard: bool = False,
+    sigterm_code: int = 0,
 ) -> TrainState:
     """Train until `steps` updates are done, resuming from the newest whole checkpoint in `folder/name`.
 
-    A resumed run is the same run, bit for bit on the same devices. SIGTERM saves and exits with code 0.
+    A resumed run is the same run, bit for bit on the same devices. SIGTERM saves and exits.
 
     Args:
         step: the update, see `megjax.training.step.make_step`.
@@ -109,6 +110,7 @@ def fit(
             evaluation, or of a log line for a metric of training, can be the best.
         work: what a step does, for the speed that is shown.
         tensorboard: write for TensorBoard too.
+        sigterm_code: the exit code of a run that SIGTERM ended.
 
     Returns:
         The final state.
@@ -191,7 +193,7 @@ def fit(
                 seal(manager)
                 command = shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
                 logs.say(f"stopped at step {done} of {steps}, which is saved; to resume: {command}")
-                raise SystemExit(0)
+                raise SystemExit(sigterm_code)
     return state
 
 
@@ -210,6 +212,7 @@ def check_run(config: Any, mesh: Mesh, name: str, state: TrainState) -> None:
     within(config, 1, math.inf, "every", "checkpoint_every", "keep")
     within(config, 0, math.inf, "evaluate_every")
     within(config, 0, LARGEST_SEED, "seed")
+    within(config, 0, 255, "sigterm_code")
     check_batch(config.batch, config.accumulate, mesh)
     if config.tensorboard:
         summary_writer()

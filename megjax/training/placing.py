@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key, PyTree
 
-from megjax.training.sharding import batch_sharding, replicated
+from megjax.training.sharding import batch_part, batch_sharding, replicated
 
 
 def place(tree: PyTree, shardings: PyTree) -> PyTree:
@@ -37,6 +37,12 @@ def place_key(key: Key[Array, ""], mesh: Mesh) -> Key[Array, ""]:
 
 
 def place_batch(local: PyTree, mesh: Mesh) -> PyTree:
-    """This process's rows as its part of the global batch."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), local)
+    """This process's rows as its part of the global batch, see `batch_part`."""
+    sharding, (_, parts) = batch_sharding(mesh), batch_part(mesh)
+
+    def put(x: Any) -> Array:
+        host = np.asarray(x)
+        whole = (parts * len(host), *host.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, host, whole)
+
+    return jax.tree.map(put, local)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import jax
+from jax.experimental import multihost_utils
 
 from megjax.errors import MegError
 
@@ -20,12 +21,32 @@ def join_processes() -> None:
     """
     number, own = _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID")
     try:
-        jax.distributed.initialize(num_processes=number, process_id=own)
+        jax.distributed.initialize(num_processes=number, process_id=own, local_device_ids=_local())
     except (ValueError, RuntimeError) as error:
         raise MegError(
             f"distributed: {error} Start it with srun, mpirun, on Kubernetes or on a Cloud TPU, or set "
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each process"
         ) from error
+
+
+def together(what: str) -> None:
+    """Wait until all processes are here. One that ends while another writes for minutes would end it, too.
+
+    Args:
+        what: has been done; the same on all.
+    """
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def _local() -> list[int] | None:
+    """The devices to take, where the launcher shows a process its own GPU alone (Slurm's --gpus-per-task).
+
+    JAX would count the machine's, of which it cannot see the others.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    alone = visible and "," not in visible and "JAX_LOCAL_DEVICE_IDS" not in os.environ
+    return [0] if alone else None
 
 
 def _number(name: str) -> int | None:

@@ -53,14 +53,45 @@ def check_batch(batch: int, accumulate: int, mesh: Mesh) -> None:
         mesh: from `make_mesh`.
 
     Raises:
-        MegError: it is no multiple of the parts times the devices that it is cut over.
+        MegError: it is no multiple of the parts times the devices that it is cut over; see `batch_part`.
     """
+    batch_part(mesh)
     rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch % (rows * accumulate):
         raise MegError(
             f"batch {batch}: must be a multiple of {rows * accumulate}: {rows} devices that it is cut over, "
             f"times {accumulate} parts to accumulate"
         )
+
+
+def batch_part(mesh: Mesh) -> tuple[int, int]:
+    """Return which part of a batch this process holds, and how many parts there are.
+
+    As many as processes, unless a tensor group spans several: these hold the same rows.
+
+    Args:
+        mesh: from `make_mesh`.
+
+    Raises:
+        MegError: processes share some of their rows, but not all.
+    """
+    return _part([[d.process_index for d in row] for row in mesh.devices.reshape(-1, mesh.shape["tensor"])])
+
+
+def _part(processes: Sequence[Sequence[int]], own: int | None = None) -> tuple[int, int]:
+    """As `batch_part`, of the processes whose devices hold each block of rows."""
+    blocks: dict[int, set[int]] = {}
+    for block, group in enumerate(processes):
+        for process in group:
+            blocks.setdefault(process, set()).add(block)
+    parts = sorted({tuple(sorted(found)) for found in blocks.values()})
+    if sum(map(len, parts)) != len(processes) or len({len(part) for part in parts}) != 1:
+        raise MegError(
+            f"tensor {len(processes[0])}: its groups share some of their processes' devices, but not all; "
+            "let it divide the devices of a process, or be a multiple of them"
+        )
+    own = jax.process_index() if own is None else own
+    return parts.index(tuple(sorted(blocks[own]))), len(parts)
 
 
 def param_shardings(

@@ -92,6 +92,10 @@ def _check_class(origin: Path, part: str, found: list[Any]) -> None:
         )
 
 
+def _lacks_weights(part: Path) -> bool:
+    return part.is_dir() and not any([*part.glob("*.safetensors"), *part.glob("*.msgpack")])
+
+
 def _download(model: str, variant: str | None, wanted: Sequence[str]) -> Path:
     """Fetch a hub repository's configs and one format of some weights; returns the local snapshot."""
     from huggingface_hub import snapshot_download
@@ -108,12 +112,12 @@ def _download(model: str, variant: str | None, wanted: Sequence[str]) -> Path:
             f"{model}: no such folder; expected a folder in diffusers layout or a hub id (org/name)"
         )
 
-    def fetch(suffix: formats.Format, parts: list[str]) -> Path:
+    def fetch(suffix: formats.Format, parts: list[str], every_variant: bool = False) -> Path:
         dotted = f".{variant}" if variant else ""
         weights = [f"{part}/*{dotted}*.{suffix}" for part in parts]
         index = [f"{part}/*.index{dotted}.json" for part in parts]
         # Repositories hold every variant; without one, names with a second dot are not wanted.
-        ignore = None if variant else [f"*.*.{suffix}", "*.index.*.json"]
+        ignore = None if variant or every_variant else [f"*.*.{suffix}", "*.index.*.json"]
         configs = ["model_index.json", *(f"{part}/{file}" for part, file in _CONFIG_FILES.items())]
         tokenizers = [f"tokenizer{n}/*.{kind}" for n in ("", "_2") for kind in ("json", "txt")]
         distilled = [_DISTILLED[part] for part in wanted if part in _DISTILLED]
@@ -122,8 +126,10 @@ def _download(model: str, variant: str | None, wanted: Sequence[str]) -> Path:
 
     try:
         path = fetch("safetensors", list(wanted))
-        lacking = [p for p in wanted if (path / p).is_dir() and not any((path / p).glob("*.safetensors"))]
-        return fetch("msgpack", lacking) if lacking else path
+        for suffix, every_variant in (("msgpack", False), ("safetensors", True)):
+            if lacking := [part for part in wanted if _lacks_weights(path / part)]:
+                path = fetch(suffix, lacking, every_variant)
+        return path
     except GatedRepoError:
         reason = (
             "its owner must grant you access; accept its terms on the hub and log in with `hf auth login`"

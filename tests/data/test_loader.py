@@ -142,6 +142,11 @@ def test_a_stream_is_read_forwards_with_small_pictures_passed_over(monkeypatch):
     assert len(opened) == 2
     with pytest.raises(MegError, match=r"ends after 8 pictures"):
         pictures.read(3, 20)
+    rows[5]["width"] = None
+    del rows[7:]
+    rows.append(None)  # what a broken connection raises, hours later
+    with pytest.raises(MegError, match=r"hf:some/set: cannot be read on from picture 0 .*is kept"):
+        pictures.read(0, 8)
 
 
 def test_addresses_are_fetched_and_dead_ones_named(tmp_path):
@@ -153,6 +158,22 @@ def test_addresses_are_fetched_and_dead_ones_named(tmp_path):
     assert "b.png" in dead.name
     assert "URLError" in dead.reason
     assert "neither pictures nor addresses" in loader._of_row({**row, "url": 3}, "x", config, 8).reason
+
+
+def test_an_answer_without_end_is_broken_off(monkeypatch):
+    class Endless(io.BytesIO):
+        def read1(self, size=-1):
+            return bytes(size)
+
+    monkeypatch.setattr(loader.urllib.request, "urlopen", lambda request, timeout: Endless())
+    monkeypatch.setattr(loader, "FETCH_BYTES", 2**20)
+    row, config = {"image": "http://camera/", "text": "a street"}, DataConfig(source="hf:x/y")
+    assert "more than 1 MiB" in loader._of_row(row, "x/y, row 0", config, 8).reason
+
+
+def test_half_an_emoji_is_a_broken_caption():
+    row = {"image": {"bytes": png((0, 0, 0))}, "text": json.loads('"a cat \\ud83d"')}
+    assert loader._of_row(row, "x", DataConfig(), 8).reason == "a caption that is not Unicode text"
 
 
 def test_what_cannot_be_opened_is_said(tmp_path):
@@ -195,23 +216,23 @@ def taken(iterator, count):
 
 
 def test_batches_are_shuffled_by_seed_each_epoch_once_and_alike():
-    batches = taken(shuffled_batches(Numbers(20), 4, 7, (0, 1)), 10)
+    batches = taken(shuffled_batches(Numbers(20), 4, 7), 10)
     first, second = list(chain(*batches[:5])), list(chain(*batches[5:]))
     assert sorted(first) == sorted(second) == list(range(20))
     assert first != second
     assert first != list(range(20))
-    assert taken(shuffled_batches(Numbers(20), 4, 7, (0, 1)), 10) == batches
-    assert taken(shuffled_batches(Numbers(20), 4, 8, (0, 1)), 10) != batches
+    assert taken(shuffled_batches(Numbers(20), 4, 7), 10) == batches
+    assert taken(shuffled_batches(Numbers(20), 4, 8), 10) != batches
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_share_a_batch_in_order_and_go_on_from_each_others_position(processes):
-    whole = taken(shuffled_batches(Numbers(21), 8, 7, (0, 1)), 9)
-    parts = [shuffled_batches(Numbers(21), 8, 7, (i, processes)) for i in range(processes)]
+@pytest.mark.parametrize("number", [2, 4])
+def test_parts_of_a_batch_are_in_order_and_go_on_from_each_others_position(number):
+    whole = taken(shuffled_batches(Numbers(21), 8, 7), 9)
+    parts = [shuffled_batches(Numbers(21), 8, 7, (i, number)) for i in range(number)]
     taken_5 = [taken(part, 5) for part in parts]
     assert [list(chain(*rows)) for rows in zip(*taken_5, strict=True)] == whole[:5]
     # One process takes over at the position of any of them.
-    alone = shuffled_batches(Numbers(21), 8, 7, (0, 1))
+    alone = shuffled_batches(Numbers(21), 8, 7)
     position = parts[-1].get_state()
     alone.set_state(json.loads(json.dumps(position)))
     assert taken(alone, 4) == whole[5:]
@@ -219,6 +240,6 @@ def test_processes_share_a_batch_in_order_and_go_on_from_each_others_position(pr
 
 def test_batches_that_cannot_be_are_refused():
     with pytest.raises(MegError, match="at most the 3 examples"):
-        shuffled_batches(Numbers(3), 4, 0, (0, 1))
-    with pytest.raises(MegError, match="divide by the 3 processes"):
+        shuffled_batches(Numbers(3), 4, 0)
+    with pytest.raises(MegError, match="divide by its 3 parts"):
         shuffled_batches(Numbers(9), 4, 0, (0, 3))

@@ -16,6 +16,7 @@ from megjax.errors import MegError, WeightsError
 SCHEDULES = {
     "leading": schedule(spacing="leading", offset=1),
     "trailing": schedule(spacing="trailing", offset=0),
+    "linspace": schedule(spacing="linspace", offset=0),
 }
 
 
@@ -31,6 +32,8 @@ def diffusers_timesteps(steps, spacing):
     """`DDIMScheduler.set_timesteps`, written with numpy as its documentation states it."""
     if spacing == "leading":
         return (np.arange(steps) * (1000 // steps))[::-1] + 1
+    if spacing == "linspace":
+        return np.linspace(0, 999, steps).round()[::-1]
     return np.round(np.linspace(1000, 0, steps, endpoint=False)).astype(int) - 1
 
 
@@ -136,8 +139,8 @@ def test_guidance_one_is_the_conditional_prediction():
 def test_bad_schedules(tmp_path):
     with pytest.raises(MegError, match="beta_start"):
         schedule(beta_start=0.0)
-    with pytest.raises(MegError, match="linspace"):
-        schedule(spacing="linspace")
+    with pytest.raises(MegError, match="log"):
+        schedule(spacing="log")
     config = tmp_path / "scheduler_config.json"
     with pytest.raises(WeightsError, match="scheduler"):
         read_schedule(config)
@@ -207,7 +210,7 @@ def test_schedules_that_load(tmp_path, more):
         ("timestep_type", "continuous"),
         ("trained_betas", [0.1, 0.2]),
         ("use_flow_sigmas", True),
-        ("timestep_spacing", "linspace"),
+        ("timestep_spacing", "log"),
         ("timestep_spacing", None),
     ],
 )

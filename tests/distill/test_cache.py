@@ -1,5 +1,6 @@
 """Caches: computed once, gone on with half-way, keyed by what they depend on; broken examples."""
 
+import errno
 import os
 import pickle
 import resource
@@ -63,6 +64,20 @@ def test_an_interrupted_cache_goes_on(tmp_path):
     assert calls == [(0, 4), (4, 8), (8, 10)]
     assert [int(cache[i]["n"]) for i in range(10)] == list(range(10))
     assert not left.exists()
+
+
+def test_a_disk_that_fills_ends_the_run_and_keeps_what_was_computed(tmp_path, monkeypatch):
+    calls, save = [], np.save
+
+    def full(path, array):
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(path, array)
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(MegError, match=r"part-000001: cannot be .*No space left on device\); make"):
+        cached(tmp_path, KEY, 10, doubles(calls), shard=4)
+    assert [path.name for path in (tmp_path / digest(KEY)).iterdir() if path.is_dir()] == ["part-000000"]
 
 
 def test_a_shard_that_another_run_finishes_meanwhile_is_passed_over(tmp_path, monkeypatch):
@@ -146,7 +161,7 @@ def test_two_processes_judge_what_both_have_seen(tmp_path, monkeypatch):
     broken = doubles([], lambda i: i % 2 == 0)
     assert len(cached(tmp_path, KEY, 800, broken, shard=50, max_broken=1.0)) == 400
     monkeypatch.setattr(caches.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(caches, "_together", lambda _: None)
+    monkeypatch.setattr(caches, "together", lambda _: None)
     for process in range(2):
         monkeypatch.setattr(caches.jax, "process_index", lambda process=process: process)
         with pytest.raises(MegError, match=r"400 of 800 examples are broken, more than 5%: picture 0: bad"):

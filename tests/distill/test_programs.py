@@ -116,6 +116,7 @@ def test_a_whole_way_needs_chained_windows(pipeline):
         ({"huber": 0.0}, "huber 0.0: above 0"),
         ({"dtype": "float15"}, "dtype float15: choose from float32, bfloat16, float16"),
         ({"attention": "foo"}, "attention foo: choose from"),
+        ({"optimizer": "muon", "lora_rank": 8}, "lora_rank 8 with muon"),
         ({"window_draws": (1, 2)}, "window_draws (1, 2): one number"),
         ({"window_draws": (1, 2, 1, 1), "solve_once": True, "chained": True}, "no window can have more"),
     ],

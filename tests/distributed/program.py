@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 parser = argparse.ArgumentParser()
-parser.add_argument("layout", choices=["one", "data", "fsdp"])
+parser.add_argument("layout", choices=["one", "data", "fsdp", "tensor"])
 parser.add_argument("folder", type=Path)
 parser.add_argument("--optimizer", default="sgd", choices=["sgd", "adamw", "muon"])
 parser.add_argument("--network", default="mlp", choices=["mlp", "unet"])
@@ -35,7 +35,13 @@ import optax  # noqa: E402
 from megjax.data.loader import shuffled_batches  # noqa: E402
 from megjax.training.loop import fit  # noqa: E402
 from megjax.training.optimizer import make_optimizer  # noqa: E402
-from megjax.training.sharding import make_mesh, param_shardings, replicated, state_shardings  # noqa: E402
+from megjax.training.sharding import (  # noqa: E402
+    batch_part,
+    make_mesh,
+    param_shardings,
+    replicated,
+    state_shardings,
+)
 from megjax.training.step import init_state, make_step  # noqa: E402
 from tests.distributed.problem import init, loss, rows  # noqa: E402
 
@@ -43,7 +49,8 @@ optimizer = (
     optax.sgd(0.05) if args.optimizer == "sgd" else make_optimizer(3e-3, 1000, warmup=2, rule=args.optimizer)
 )
 devices = jax.devices()[:1] if args.layout == "one" else jax.devices()
-mesh = make_mesh(fsdp=len(devices) if args.layout == "fsdp" else 1, devices=devices)
+axes = {args.layout: len(devices)} if args.layout in ("fsdp", "tensor") else {}
+mesh = make_mesh(**axes, devices=devices)
 params = init(args.network)
 shapes = jax.eval_shape(lambda: init_state(params, optimizer))
 start = jax.jit(
@@ -64,7 +71,7 @@ with jax.set_mesh(mesh):
 if args.layout == "fsdp":
     assert any(len(set(leaf.sharding.spec) - {None}) for leaf in jax.tree.leaves(state.params))
 frozen = init(args.network, seed=1)
-batches = shuffled_batches(rows(args.network), 16, seed=3)
+batches = shuffled_batches(rows(args.network), 16, 3, batch_part(mesh))
 
 
 class Terminating:

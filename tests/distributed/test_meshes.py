@@ -9,6 +9,9 @@ import sys
 import numpy as np
 import pytest
 
+from megjax.errors import MegError
+from megjax.training.sharding import _part
+
 BOUND = {"sgd": 1e-5, "adamw": 1e-4, "muon": 1e-4}
 
 
@@ -80,6 +83,32 @@ def test_a_run_goes_on_on_another_number_of_devices(tmp_path):
     on_two_processes(folder, "data", steps=15)
     finish(launch("one", folder, 1))
     np.testing.assert_allclose(losses(folder), losses(tmp_path / "one"), rtol=BOUND["sgd"])
+
+
+def test_a_tensor_group_over_two_processes_has_one_batch(tmp_path):
+    finish(launch("one", tmp_path / "one", 1))
+    several = on_two_processes(tmp_path / "two", "tensor")
+    np.testing.assert_allclose(several, losses(tmp_path / "one"), rtol=BOUND["sgd"])
+
+
+@pytest.mark.parametrize(
+    ("processes", "parts"),
+    [
+        ([[0], [0], [1], [1]], {0: (0, 2), 1: (1, 2)}),
+        ([[1], [0], [1], [0]], {0: (1, 2), 1: (0, 2)}),
+        ([[0, 1], [2, 3]], {0: (0, 2), 1: (0, 2), 2: (1, 2), 3: (1, 2)}),
+        ([[0, 1, 2, 3]], dict.fromkeys(range(4), (0, 1))),
+        ([[0, 1], [0, 1]], {0: (0, 1), 1: (0, 1)}),
+    ],
+)
+def test_which_processes_hold_the_same_rows(processes, parts):
+    assert {process: _part(processes, process) for process in parts} == parts
+
+
+@pytest.mark.parametrize("processes", [[[0, 0, 1], [1, 2, 2]], [[0], [0], [1]]])
+def test_rows_shared_by_some_devices_of_a_process_are_refused(processes):
+    with pytest.raises(MegError, match="groups share some"):
+        _part(processes, 0)
 
 
 def test_sigterm_to_one_process_stops_both_at_the_same_step(tmp_path):

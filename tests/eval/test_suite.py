@@ -212,7 +212,7 @@ def test_a_centralised_server_decodes_and_a_split_one_does_not():
         "unet_call_tome_flops": 4e12,
         "vae_decoder_flops": 10e12,
     }
-    scale, profile = physical.scale("test", counted), load("paper")
+    scale, profile = physical.scale("test", counted, 2.5), load("paper")
     split = physical.computation(profile, scale, tome=True)
     whole = physical.computation(profile, scale, tome=False, centralised=True)
     assert split.es_step_s == pytest.approx(2 * 4e12 / 58e12)

@@ -16,7 +16,7 @@ from megjax.data.scenes import sample_scenes
 from megjax.diffusion import Flow, conditioned, perflow
 from megjax.diffusion.perflow import flow_file
 from megjax.errors import MegError, WeightsError
-from megjax.link import wire
+from megjax.link import profiles, wire
 from megjax.merging import match, merge, pack
 from megjax.models import VAEConfig
 from megjax.pipeline import Request, generate, generate_each, load_pipeline
@@ -162,6 +162,19 @@ def test_workload_counts_this_backbone(pipeline):
     assert work.text_encoder_flops == smaller.text_encoder_flops
 
 
+def test_guidance_1_is_one_call_a_step(pipeline):
+    """The empty prompt is not read, and the picture is what both branches give at that guidance."""
+    plain = Request(PROMPT, steps=4, guidance=1.0)
+    one, both, other = (
+        generate(pipeline, dataclasses.replace(plain, **change)).reference_HxWx3
+        for change in ({}, {"guidance": 1.0 + 1e-7}, {"negative_prompt": "a blue square"})
+    )
+    np.testing.assert_allclose(one, both, atol=1e-4)
+    np.testing.assert_array_equal(one, other)
+    steps = [profiles.compute(profiles.load("paper"), workload(pipeline, (64, 64), 0.0, n)) for n in (1, 2)]
+    assert float(steps[1].es_step_s) == pytest.approx(2 * float(steps[0].es_step_s))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -171,6 +184,7 @@ def test_workload_counts_this_backbone(pipeline):
         ({"ratio": math.nan}, "from 0 to 0.9375"),
         ({"psnr_db": math.nan}, "perfect channel"),
         ({"guidance": -1.0}, "from 0 on"),
+        ({"sampler": "perflow"}, "has no few-step student; take ddim"),
         ({"strength": 0.0}, "above 0"),
         ({"seed": -1}, "seed"),
         ({"height": 65}, "multiples of 8"),

@@ -138,6 +138,8 @@ def test_a_measured_problem_is_charged_as_it_was_measured():
     paper = profiles.load("paper")
     plain = measured(surface(tome_ratio=0.0), paper, 10.0)
     single = measured(surface((0.0, 0.75), rules="paper"), paper, 10.0)
+    unguided = measured(surface(guidance=1.0), paper, 10.0)
+    np.testing.assert_allclose(unguided.params.compute.es_step_s, 5.73 / 58, rtol=1e-6)
     np.testing.assert_allclose(plain.params.compute.es_step_s, 2 * 6.76 / 58, rtol=1e-6)
     np.testing.assert_allclose(single.params.compute.es_step_s, 2 * 5.73 / 58, rtol=1e-6)
     # In one round at most three quarters merge, each charged 16 bits.

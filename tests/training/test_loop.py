@@ -28,7 +28,8 @@ def test_an_interrupted_run_is_the_same_run(tmp_path):
     chex.assert_trees_all_equal(whole, stopped[-1])
 
 
-def test_sigterm_saves_and_exits_with_0(tmp_path, capsys):
+@pytest.mark.parametrize("code", [0, 75])
+def test_sigterm_saves_and_exits(tmp_path, capsys, code):
     class Terminated(Counting):
         def __next__(self):
             if self.at == 4:
@@ -37,12 +38,12 @@ def test_sigterm_saves_and_exits_with_0(tmp_path, capsys):
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stop:
-        run(tmp_path, 9, batches=Terminated(), checkpoint_every=100)
-    assert stop.value.code == 0
+        run(tmp_path, 9, batches=Terminated(), checkpoint_every=100, sigterm_code=code)
+    assert stop.value.code == code
     assert signal.getsignal(signal.SIGTERM) is before
     assert "stopped at step 5 of 9, which is saved; to resume: " in capsys.readouterr().err
     assert (tmp_path / "run" / "5").is_dir()
-    chex.assert_trees_all_equal(run(tmp_path, 9), run(tmp_path.parent / "whole", 9))
+    chex.assert_trees_all_equal(run(tmp_path, 9), run(tmp_path / "whole", 9))
 
 
 def bad_from(first, last=10**9):
@@ -86,6 +87,7 @@ def best(folder):
         ({"keep": 0}, "keep 0: at least 1"),
         ({"evaluate_every": -1}, "evaluate_every -1: at least 0"),
         ({"seed": -1}, "seed -1: 0 to"),
+        ({"sigterm_code": 256}, "sigterm_code 256: 0 to 255"),
         ({"batch": 6, "accumulate": 4}, "batch 6: must be a multiple of 4"),
         ({"tensorboard": True}, "tensorboardX is not installed"),
         ({"keep": 10**15}, "checkpoints need"),

@@ -243,6 +243,22 @@ def test_msgpack_is_fetched_where_there_is_no_safetensors(hub):
     assert [name for name in fetched if name.endswith("msgpack")] == ["unet/diffusion_flax_model.msgpack"]
 
 
+def test_the_only_variant_is_fetched_where_there_is_no_plain_file(hub):
+    listing, fetched = hub
+    listing[:] = [n for n in listing if not n.endswith("msgpack") and ("fp16" in n or "safetensors" not in n)]
+    weights.open_folder("org/name")
+    assert len([name for name in fetched if name.endswith(".fp16.safetensors")]) == 4
+
+
+def test_one_of_several_variants_must_be_named(hub):
+    listing, _ = hub
+    stem = "unet/diffusion_pytorch_model"
+    listing[:] = [n for n in listing if not n.startswith("unet/d")]
+    listing += [f"{stem}.{variant}.safetensors" for variant in ("bf16", "fp16")]
+    with pytest.raises(WeightsError, match="no weights of variant 'plain'; there are bf16, fp16"):
+        weights.open_folder("org/name")
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
