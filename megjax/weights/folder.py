@@ -126,7 +126,8 @@ def _download(model: str, variant: str | None, wanted: Sequence[str]) -> Path:
 
     try:
         path = fetch("safetensors", list(wanted))
-        for suffix, every_variant in (("msgpack", False), ("safetensors", True)):
+        others: list[tuple[formats.Format, bool]] = [("msgpack", False), ("safetensors", True)]
+        for suffix, every_variant in others:
             if lacking := [part for part in wanted if _lacks_weights(path / part)]:
                 path = fetch(suffix, lacking, every_variant)
         return path
