@@ -46,7 +46,13 @@ from megjax.training.loop import Evaluate, check_run, fit
 from megjax.training.optimizer import make_optimizer
 from megjax.training.placing import place
 from megjax.training.processes import together
-from megjax.training.sharding import batch_part, make_mesh, replicated, state_shardings
+from megjax.training.sharding import (
+    batch_part,
+    even_sharding,
+    make_mesh,
+    replicated,
+    state_shardings,
+)
 from megjax.training.step import Loss, Metrics, Step, TrainState, init_state, make_step
 
 Method: TypeAlias = Literal["meg", "split_finetune", "pruning", "magnitude_pruning"]
@@ -329,12 +335,15 @@ def _evaluation(config: DecoderConfig, decoder: Network, rows: Cache, mesh: Mesh
     ratios = (0.0,) if config.method == "split_finetune" else config.test_ratios
     degrade = _degrade(config, decoder.config)
     key = jax.random.key(config.seed + 2)
+    # As many at a time as a step has: all of them might not fit.
+    parts = np.array_split(np.arange(config.held_out, dtype=np.int32), -(-config.held_out // config.batch))
+    # The longest run's latents: there only merging and noise count.
+    longest = data["z"][:, -1].astype(np.float32)
+    given = [place((own, longest[own]), (even_sharding(len(own), mesh),) * 2) for own in parts]
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
-    def decoded(params: Params, rows: Any, ratio: Array) -> Array:
-        """Pictures of the longest run's latents: there only merging and noise count."""
-        z = rows["z"][:, -1].astype(jnp.float32)
-        keys = jax.random.split(key, len(z))
+    def decoded(params: Params, numbers: Array, z: Array, ratio: Array) -> Array:
+        keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(numbers)
         psnr_db = jnp.float32(config.test_psnr_db)
         received, _ = jax.vmap(degrade, in_axes=(None, 0, 0, None, None))(params, keys, z, ratio, psnr_db)
         return jnp.clip(decoder(params["decoder"], received), 0.0, 1.0)
@@ -343,7 +352,8 @@ def _evaluation(config: DecoderConfig, decoder: Network, rows: Cache, mesh: Mesh
         reference = data["picture"].astype(np.float32) / 255
         scalars, columns = {}, [np.concatenate(reference[:4])]
         for ratio in ratios:
-            pictures = np.asarray(decoded(state.ema, data, jnp.float32(ratio)))
+            shown = [np.asarray(decoded(state.ema, *both, jnp.float32(ratio))) for both in given]
+            pictures = np.concatenate(shown)
             scalars[f"mse_{ratio:g}"] = float(np.mean(np.square(pictures - reference)))
             columns.append(np.concatenate(pictures[:4]))
         scalars["mse_mean"] = float(np.mean(list(scalars.values())))

@@ -42,7 +42,7 @@ from megjax.training.placing import place, place_key
 from megjax.training.processes import together
 from megjax.training.sharding import (
     batch_part,
-    batch_sharding,
+    even_sharding,
     make_mesh,
     param_shardings,
     replicated,
@@ -484,11 +484,8 @@ def _evaluation(
         both = _conditions(inputs.data, inputs.frozen["empty"], side)
         return ddim(guided(pipeline.unet, inputs.frozen["teacher"], *both, config.guidance), noise, sched, 50)
 
-    spread = batch_sharding(mesh)
-    parts = mesh.size // mesh.shape["tensor"]
-
     def placed(data: dict[str, np.ndarray]) -> Inputs:
-        where = spread if len(data["z0"]) % parts == 0 else replicated(mesh)
+        where = even_sharding(len(data["z0"]), mesh)
         return Inputs(place(data, jax.tree.map(lambda _: where, data)), frozen)
 
     known, everyone = placed(learned), placed(data)

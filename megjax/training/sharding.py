@@ -8,7 +8,7 @@ Every axis is `AxisType.Auto`: programs are written for the whole, `jax.jit` spl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -118,6 +118,16 @@ def param_shardings(
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays whose leading axis is the batch: over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def even_sharding(rows: int, mesh: Mesh) -> NamedSharding:
+    """Of a batch of any size: over those of the batch's axes that divide it, on every device if none does."""
+    return NamedSharding(mesh, PartitionSpec(_even_axes(rows, mesh.shape)))
+
+
+def _even_axes(rows: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    choices = (BATCH_AXES, *((axis,) for axis in reversed(BATCH_AXES)), ())
+    return next(axes for axes in choices if rows % math.prod(sizes[axis] for axis in axes) == 0)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

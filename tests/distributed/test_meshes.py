@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megjax.errors import MegError
-from megjax.training.sharding import _part
+from megjax.training.sharding import _even_axes, _part
 
 BOUND = {"sgd": 1e-5, "adamw": 1e-4, "muon": 1e-4}
 
@@ -103,6 +103,14 @@ def test_a_tensor_group_over_two_processes_has_one_batch(tmp_path):
 )
 def test_which_processes_hold_the_same_rows(processes, parts):
     assert {process: _part(processes, process) for process in parts} == parts
+
+
+@pytest.mark.parametrize(
+    ("rows", "axes"),
+    [(16, ("data", "fsdp")), (8, ("data", "fsdp")), (12, ("fsdp",)), (6, ("data",)), (3, ())],
+)
+def test_rows_that_do_not_divide_lie_over_the_axes_that_do(rows, axes):
+    assert _even_axes(rows, {"data": 2, "fsdp": 4, "tensor": 1}) == axes
 
 
 @pytest.mark.parametrize("processes", [[[0, 0, 1], [1, 2, 2]], [[0], [0], [1]]])
