@@ -14,7 +14,7 @@ jaxtyping.install_import_hook("megjax", "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-COMPILE_QUICKLY = ("distill/", "models/test_networks.py", "pipeline/")
+COMPILE_QUICKLY = ("distill/", "models/test_networks.py", "pipeline/", "training/test_pretrain.py")
 """Tests that compile for far longer than they run, and whose bars do not depend on how well."""
 
 FIRST = ("test_pretrain.py", "test_meshes.py", "test_networks.py")
