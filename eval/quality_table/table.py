@@ -111,8 +111,7 @@ def pictures(pipeline: Pipeline, config: QualityTableConfig) -> Pictures:
     reference_tome = config.tome_ratio if config.rules == "paper" else 0.0
     latents, references = [], []
     for own in track(_batches(config), "denoising"):
-        key = key_noise if own.start == 0 else jax.random.fold_in(key_noise, own.start)
-        prompts = prompts_of(pipeline, texts[own], key)
+        prompts = prompts_of(pipeline, texts[own], _key_of(key_noise, own))
 
         def z(steps: int, tome_ratio: float, prompts: Prompts = prompts) -> Array:
             return draw(pipeline, prompts, sampler, steps, config.guidance, tome_ratio)
@@ -125,6 +124,11 @@ def pictures(pipeline: Pipeline, config: QualityTableConfig) -> Pictures:
 
 def _batches(config: QualityTableConfig) -> list[slice]:
     return [slice(i, i + config.batch) for i in range(0, config.pictures, config.batch)]
+
+
+def _key_of(key: PRNGKeyArray, own: slice) -> PRNGKeyArray:
+    """A batch's key; the first's is the key itself, so that a table of one batch stays what it was."""
+    return jax.random.fold_in(key, own.start) if own.start else key
 
 
 def measure(pipeline: Pipeline, config: QualityTableConfig) -> Table:
@@ -145,7 +149,7 @@ def measure(pipeline: Pipeline, config: QualityTableConfig) -> Table:
         return jax.lax.map(at, jnp.asarray(levels, jnp.float32))
 
     def mean(z_PxHxWxC: np.ndarray, own: slice) -> np.ndarray:
-        key = jax.random.fold_in(jax.random.key(config.seed + 1), own.start)
+        key = _key_of(jax.random.key(config.seed + 1), own)
         given = (pipeline.device_decoder, z_PxHxWxC[own], sent.reference_PxYxXx3[own])
         return np.mean([log_mse(*given, draw) for draw in jax.random.split(key, config.draws)], axis=0)
 

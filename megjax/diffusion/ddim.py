@@ -21,7 +21,8 @@ Denoise = Callable[[Float[Array, "B H W C"], Int[Array, " B"]], Float[Array, "B 
 """Predicts the noise: (z_t, t) -> eps. Parameters, text and guidance are bound in it."""
 
 Spacing = Literal["leading", "trailing", "linspace"]
-"""Where the timesteps lie: `leading` ends at the offset, `trailing` starts at the last, pure-noise step."""
+"""Where the timesteps lie: `leading` ends at the offset, `trailing` starts at the last, pure-noise step, and
+`linspace` does both, at 0 and at the last."""
 
 DDIM_CONFIG = "scheduler_config.json"
 
