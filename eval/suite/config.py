@@ -36,6 +36,7 @@ ITEMS = {
 """What `--only` takes, in the report's order."""
 
 MIN_STEPS, MAX_STEPS = 4, 12
+SAMPLE = "a large red circle left of a small blue square on a white background"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class SuiteConfig:
     dtype: Dtype = "float32"
     """Of the networks' activations and parameters."""
     prompts: Path | None = None
-    """A text file, one prompt a line; left out, captions of `scenes`."""
+    """A text file, one prompt a line; left out, fresh captions of `scenes`."""
     pictures: int = 64
     """Prompts, each with its own noise, partition and channel, the same ones for every method."""
     batch: int = 32
@@ -74,8 +75,8 @@ class SuiteConfig:
     """Merging ratios at which MEG is measured."""
     noise_psnrs_db: tuple[float, ...] = (0.0, 5.0, 10.0, 15.0, 20.0, 30.0)
     """The noise levels of the robustness curve."""
-    sample: str = "a large red circle left of a small blue square on a white background"
-    """The prompt of Fig. 4."""
+    sample: str | None = None
+    """The prompt of Fig. 4, which is the first; left out, the file's first, or one of `scenes`."""
     cvpo_epochs: int = 4000
     ppo_epochs: int = 500
     seed: int = 0

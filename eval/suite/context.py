@@ -20,7 +20,7 @@ from jaxtyping import Array
 import megjax
 from eval.prompts import refuse_windows
 from eval.suite import cache, methods
-from eval.suite.config import MIN_STEPS, SuiteConfig
+from eval.suite.config import MIN_STEPS, SAMPLE, SuiteConfig
 from megjax import weights
 from megjax.data.grammar import captions
 from megjax.data.scenes import sample_scenes
@@ -111,16 +111,17 @@ class Context:
 
     @functools.cached_property
     def prompts(self) -> list[str]:
-        """Fig. 4's prompt, then the file's or fresh captions."""
+        """The sample, if one was given or there is no file, then the file's or fresh captions."""
         config = self.config
         if config.prompts is None:
-            key = jax.random.fold_in(jax.random.key(config.seed), 1)
-            return [config.sample, *captions(sample_scenes(key, config.pictures - 1))]
+            # Split: the data of distillation are drawn with the keys of `fold_in` themselves.
+            key, _ = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
+            return [config.sample or SAMPLE, *captions(sample_scenes(key, config.pictures - 1))]
         try:
             lines = [line.strip() for line in config.prompts.read_text().splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise MegError(f"{config.prompts} cannot be read: {error}") from None
-        found = [line for line in lines if line]
+        found = [line for line in (config.sample, *lines) if line]
         if len(found) < config.pictures:
             raise MegError(f"{config.prompts}: {len(found)} prompts, --pictures {config.pictures} are wanted")
         return found[: config.pictures]

@@ -44,10 +44,9 @@ def fig3(context: Context) -> Record:
         {
             "id": "fig3",
             "title": "Latency against FLOPs on this machine",
-            "caption": f"{context.config.model} on {context.device}: T denoising steps of one picture with "
-            "both "
-            f"branches of guidance, with and without token merging, and the decoder on {PICTURES[0]} to "
-            f"{PICTURES[-1]} pictures. FLOPs are counted from the program.",
+            "caption": f"{context.config.model} on {context.device}: T denoising steps of one picture under "
+            f"guidance {context.config.guidance:g}, with and without token merging, and the decoder on "
+            f"{PICTURES[0]} to {PICTURES[-1]} pictures. FLOPs are counted from the program.",
             "alt": "Measured latency of U-Net and decoder against their FLOPs, with a straight line fitted.",
             "panels": [{"x": axis("work", "GFLOP"), "y": axis("latency", "ms"), "lines": curves}],
         }

@@ -10,7 +10,7 @@ import numpy as np
 from eval.suite import methods, physical
 from eval.suite.context import Context, get
 from eval.suite.measure import chosen
-from eval.suite.numbers import Interval, Record, axis, interval, line, mean, number
+from eval.suite.numbers import Interval, Record, axis, geometric, interval, line, number
 from eval.suite.policies import LEARNERS, Learner, choice, counts, problem, training
 from megjax.link.profiles import load
 
@@ -107,7 +107,7 @@ def _panel(
         label = f"{found['limits'][limit][which]:g} {UNITS[which]}"
         curves.append(line(name, label, frames.tolist(), points, tag))
         levels.append({"axis": "y", "value": level, "series": name, "tag": tag})
-    y = axis("MSE", "", "log") if signal == "mse" else axis(signal, UNITS[which])
+    y = axis("MSE, geometric mean", "", "log") if signal == "mse" else axis(signal, UNITS[which])
     return {"title": LEARNERS[key], "x": axis("frames", "million"), "y": y, "lines": curves, "levels": levels,
             "row": signal}  # fmt: skip
 
@@ -148,7 +148,7 @@ def _final_table(
         "caption": "On 1000 fresh episodes, the policies' means acting; brackets span the seeds. Right: the "
         "first "
         f"seed's policy on the {context.config.pictures} paired channels, its pictures drawn through the "
-        "link.",
+        "link. All MSEs are geometric means.",
         "columns": columns,
         "rows": rows,
     }
@@ -163,7 +163,7 @@ def _drawn_cells(context: Context, key: Learner, limit: int, which: int) -> Reco
     costs = _costs(context, made)
     unit_cost = costs["energy_j"] / 1e3 if which else costs["latency_s"]
     return {
-        "drawn_mse": interval(mean(drawn["mse"]), "measured"),
+        "drawn_mse": geometric(drawn["mse"]),
         "drawn_steps": number(np.mean(made["steps"]), "modelled"),
         "drawn_ratio": number(np.mean(made["ratios"]), "modelled"),
         "drawn_cost": number(unit_cost.mean(), "modelled", UNITS[which]),

@@ -64,7 +64,11 @@ PAPER_PPO = dataclasses.replace(
         max_error=1e6,
         units=(1.0, 0.1),
     ),
+    mean_memory=1.0,
+    std_start=(0.02, 4.5),
+    std_end=(0.02, 4.5),
     squash="tanh",
+    box_penalty=0.0,
 )
 """The authors' PPO-Lagrangian, Eq. (24), as MegJAX reads it, over as many frames as their MEG-CVPO.
 

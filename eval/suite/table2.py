@@ -78,9 +78,8 @@ def table2(context: Context) -> Record:
     calibrated = {e.label: _calibrated(e, sent[e.label].table2) for e in rows}
     modelled = {e.label: _modelled(context, e, scale, sent[e.label].modelled) for e in rows}
     found = {e.label: quality(context, e, coded, clean) for e in rows}
-    tome_psnr = float(psnr_db(clean["tome_mse"].mean()))
     return {
-        "text": [_about(context, rows, tome_psnr)],
+        "text": [_about(context, rows, clean["tome_mse"].mean())],
         "tome_mse": interval(mean(clean["tome_mse"]), "measured"),
         "tables": [
             _quality_table(config, rows, found),
@@ -147,19 +146,22 @@ def pruning_said(context: Context, name: Name) -> str:
     return f"MEG-Pruning is the stronger of both prunings at equal bits, here {LABELS[name]}."
 
 
-def _about(context: Context, rows: tuple[Entry, ...], tome_psnr: float) -> str:
+def _about(context: Context, rows: tuple[Entry, ...], tome_mse: float) -> str:
     config, pruned = context.config, next(e for e in rows if e.row.method == "pruning")
     assert pruned.name is not None
+    tome = (
+        f" Token merging inside the U-Net alone changes the reference by {psnr_db(tome_mse):.1f} dB PSNR."
+        if tome_mse > 0
+        else ""
+    )
     return (
         f"{config.pictures} prompts, each with its own noise, partition and channel, the same for every "
         "method; "
         f"features at {config.feature_psnr_db:g} dB PSNR, rules {config.rules}, guidance "
         f"{config.guidance:g}. "
         "The reference is the picture of 12 steps, undistilled decoder, perfect channel. "
-        f"{pruning_said(context, pruned.name)} Token merging inside the U-Net "
-        f"alone changes the reference by {tome_psnr:.1f} dB PSNR. Settings of steps and ratios that the "
-        "paper's "
-        "text does not state are inferred from its figures."
+        f"{pruning_said(context, pruned.name)}{tome} Settings of steps and ratios that the paper's text does "
+        "not state are inferred from its figures."
     )
 
 
@@ -298,7 +300,7 @@ def _machine_table(context: Context, rows: tuple[Entry, ...]) -> Record:
         "id": "table2-machine",
         "title": "Computation on this machine",
         "caption": f"{context.config.model} itself, one picture at a time, timed on {context.device}: text "
-        "encoders, T steps of both branches of guidance, decoder.",
+        f"encoders, T steps under guidance {context.config.guidance:g}, decoder.",
         "columns": [_column(k, k if k != "total" else "in all", "ms") for k in ("server", "device", "total")],
         "rows": records,
     }

@@ -14,6 +14,7 @@ from eval.suite.context import Context, Stage
 from megjax import flops
 from megjax.diffusion import Conditioning
 from megjax.errors import MegError
+from megjax.link.cost import calls_per_step
 from megjax.link.metering import Measurement, energy_meter, fit_line, measure
 from megjax.pipeline.load import Pipeline
 from megjax.pipeline.split import condition, decode, denoise, unet_params
@@ -32,6 +33,7 @@ def timings(config: SuiteConfig) -> Stage:
         "steps": list(STEPS),
         "pictures": list(PICTURES),
         "calls": CALLS,
+        "guidance": config.guidance,
         "tome": config.tome,
         "dtype": config.dtype,
     }
@@ -40,6 +42,7 @@ def timings(config: SuiteConfig) -> Stage:
 
 def _timings(context: Context, settings: Mapping[str, Any]) -> dict[str, Any]:
     pipeline, meter = context.pipeline, energy_meter()
+    prompts = calls_per_step(settings["guidance"])
     points, measured = [], {}
     for kind, amount, call, counted in _programs(pipeline, settings):
         try:
@@ -51,7 +54,7 @@ def _timings(context: Context, settings: Mapping[str, Any]) -> dict[str, Any]:
     lines = {kind: fit_line(own)._asdict() for kind, own in measured.items()}
     lines["all"] = fit_line([point for own in measured.values() for point in own])._asdict()
     parts = {
-        "text_s": measure(lambda: _text(pipeline), 0.0, settings["calls"]).seconds,
+        "text_s": measure(lambda: _text(pipeline, prompts), 0.0, settings["calls"]).seconds,
         "step_s": _per_step(measured[PLAIN], settings["steps"]),
         "tome_step_s": _per_step(measured[TOME], settings["steps"]),
         "decode_s": measured[DECODER][0].seconds,
@@ -68,10 +71,12 @@ def _programs(pipeline: Pipeline, settings: Mapping[str, Any]) -> Iterator[tuple
     params, sampler = unet_params(pipeline)
     side = pipeline.unet.config.sample_size
     noise = jax.random.normal(jax.random.key(0), (1, side, side, pipeline.unet.config.in_channels))
-    text = jax.tree.map(lambda x: x[:1], _text(pipeline))
+    text, guidance = _text(pipeline, 1), settings["guidance"]
+    empty = text if calls_per_step(guidance) == 2 else None
     for kind, ratio in ((PLAIN, 0.0), (TOME, settings["tome"])):
         options = {"sampler": sampler, "tome_ratio": ratio}
-        args = [(pipeline, params, noise, text, text, steps, 2.5, noise, 1.0) for steps in settings["steps"]]
+        inputs = (pipeline, params, noise, text, empty)
+        args = [(*inputs, steps, guidance, noise, 1.0) for steps in settings["steps"]]
         # One loop runs T times, so two counts tell all.
         ends = settings["steps"][0], settings["steps"][-1]
         counts = [flops.count(denoise, *args[0], dynamic_trips=steps, **options).flops for steps in ends]
@@ -85,7 +90,7 @@ def _programs(pipeline: Pipeline, settings: Mapping[str, Any]) -> Iterator[tuple
         yield DECODER, pictures, lambda z=z: decode(pipeline, decoder, z), counted
 
 
-def _text(pipeline: Pipeline) -> Conditioning:
-    """Run both text encoders on a prompt and the empty one."""
-    ids = jnp.zeros((2, 2, pipeline.text_encoders[0].config.max_position_embeddings), jnp.int32)
+def _text(pipeline: Pipeline, prompts: int) -> Conditioning:
+    """Run both text encoders on so many prompts."""
+    ids = jnp.zeros((2, prompts, pipeline.text_encoders[0].config.max_position_embeddings), jnp.int32)
     return condition(pipeline, pipeline.params, ids, size=(pipeline.image_size, pipeline.image_size))

@@ -40,6 +40,9 @@ class LinkParams:
     """Power of the line of sight over that of the scattered paths; read when `fading` is rician."""
     snr_gap_db: Leaf = 0.0
     """How far real modulation and coding stay from Shannon's rate."""
+    min_snr_db: Leaf = -math.inf
+    """Weakest SNR that is sent at: a frame in a deeper fade takes as long as at this one. Without one the
+    mean time under Rayleigh or Rician fading is infinite, as E[1 / log2(1 + snr)] is."""
     doppler_hz: Leaf = 0.0
     """Maximum Doppler shift; 0 is a channel that stands still."""
     frame_s: Leaf = 3.0
@@ -80,9 +83,10 @@ def snr(
 
 
 def rate_bps(snr: Real, params: LinkParams = DEFAULT_LINK) -> Float[Array, "*shape"]:
-    """Return the rate B log2(1 + snr / gap) of Eq. (4) in bit/s, `snr` linear."""
+    """Return the rate B log2(1 + snr / gap) of Eq. (4) in bit/s, `snr` linear, at least `min_snr_db`."""
+    served = jnp.maximum(jnp.asarray(snr), from_db(params.min_snr_db))
     # At a weak signal 1 + snr would round to 1, and the rate to 0.
-    nats = jnp.log1p(jnp.asarray(snr) / from_db(params.snr_gap_db))
+    nats = jnp.log1p(served / from_db(params.snr_gap_db))
     return params.bandwidth_hz * nats / math.log(2.0)
 
 

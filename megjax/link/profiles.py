@@ -125,12 +125,13 @@ def compute(
 
     Args:
         profile: the hardware.
-        workload: FLOPs of one frame; read by FLOP-linear profiles.
+        workload: FLOPs of one frame, read by FLOP-linear profiles. Of step-timed ones a step lasts as long as
+            its U-Net calls, timed with both branches of guidance.
         image_to_image: charge the VAE encoder too.
         tome: whether the U-Net merges tokens; read by step-timed profiles (FLOPs say so themselves).
     """
     if isinstance(profile, StepProfile):
-        step_s = profile.tome_step_s if tome else profile.step_s
+        step_s = (profile.tome_step_s if tome else profile.step_s) * workload.calls_per_step / 2
         return Compute(
             es_fixed_s=profile.fixed_s,
             es_step_s=step_s,

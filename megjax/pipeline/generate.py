@@ -251,9 +251,8 @@ def _denoiser(
     params = pipeline.params
 
     on_stage("text encoders")
-    prompt, empty = (
-        condition(pipeline, params, jnp.asarray(i), size=(height, width)) for i in (ids, empty_ids)
-    )
+    read = (ids, empty_ids)[: calls_per_step(request.guidance)]
+    prompt, *empty = (condition(pipeline, params, jnp.asarray(i), size=(height, width)) for i in read)
     config = pipeline.vae_decoder.config
     latent = (1, height // config.downsampling, width // config.downsampling, config.latent_channels)
     noise = jax.random.normal(_keys(request)[0], latent)
@@ -273,7 +272,7 @@ def _denoiser(
             unet,
             noise,
             prompt,
-            empty if calls_per_step(request.guidance) == 2 else None,
+            empty[0] if empty else None,
             steps,
             request.guidance,
             start,

@@ -28,21 +28,19 @@ class MegEnv(gymnasium.Env):
         self._env, self._params = env or make_env(), params
         self._cost_of = cost_of or (lambda costs: costs)
         self._step, self._reset = jax.jit(self._env.step), jax.jit(self._env.reset)
-        self._key = jax.random.key(0)
+        self._key: jax.Array | None = None
         self.observation_space, self.action_space = _spaces(self._env)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        """Start an episode; a seed makes this and all that follows repeatable."""
+        """Start an episode; a seed makes this and all that follows repeatable, else the first draws one."""
         super().reset(seed=seed)
-        if seed is not None:
-            self._key = jax.random.key(seed)
-        self._key, key = jax.random.split(self._key)
+        self._key, key = _keys(self, self._key, seed)
         observation, self._state = self._reset(key, self._params)
         return np.asarray(observation), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Send one frame."""
-        self._key, key = jax.random.split(self._key)
+        self._key, key = _split(self._key)
         action = np.asarray(action, np.float32)
         _, self._state, reward, terminated, truncated, info = self._step(
             key, self._state, action, self._params
@@ -81,16 +79,15 @@ class MegVectorEnv(gymnasium.vector.VectorEnv):
         self._step = jax.jit(
             lambda key, state, action: step(jax.random.split(key, num_envs), state, action, params)
         )
-        self._key = jax.random.key(0)
+        self._key: jax.Array | None = None
         self.single_observation_space, self.single_action_space = _spaces(self._env)
         self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        """Start every copy's episode."""
-        if seed is not None:
-            self._key = jax.random.key(seed)
-        self._key, key = jax.random.split(self._key)
+        """Start every copy's episode; seeds as in `MegEnv.reset`."""
+        super().reset(seed=seed)
+        self._key, key = _keys(self, self._key, seed)
         observation, self._state = self._reset(key)
         return np.asarray(observation), {}
 
@@ -98,7 +95,7 @@ class MegVectorEnv(gymnasium.vector.VectorEnv):
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Send one frame in every copy."""
-        self._key, key = jax.random.split(self._key)
+        self._key, key = _split(self._key)
         observation, self._state, reward, terminated, truncated, info = self._step(
             key, self._state, np.asarray(actions, np.float32)
         )
@@ -115,6 +112,23 @@ class MegVectorEnv(gymnasium.vector.VectorEnv):
             infos |= {"final_info": _masked(info, ended), "_final_info": ended}
         ends = np.asarray(terminated), np.asarray(truncated)
         return np.asarray(observation), np.asarray(reward), *ends, infos
+
+
+def _keys(
+    env: gymnasium.Env | gymnasium.vector.VectorEnv, key: jax.Array | None, seed: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """Return the key to go on with and that of a reset."""
+    if seed is None and key is None:
+        seed = int(env.np_random.integers(2**31))
+    return _split(key if seed is None else jax.random.key(seed))
+
+
+def _split(key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Return the key to go on with and one to use now."""
+    if key is None:
+        raise gymnasium.error.ResetNeeded("call reset first")
+    following, own = jax.random.split(key)
+    return following, own
 
 
 def _masked(info: dict[str, np.ndarray], counts: np.ndarray) -> dict[str, np.ndarray]:

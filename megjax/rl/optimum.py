@@ -75,7 +75,16 @@ def tables(
         quality_draws: keys over which -log MSE is averaged; 1 suffices for a source that draws nothing.
         seed: of those draws.
         tied_psnr: as given to `make_env`.
+
+    Raises:
+        MegError: fading without a weakest SNR, under which no mean latency exists.
     """
+    link = params.link
+    if link.fading != "none" and not np.isfinite(np.asarray(link.min_snr_db)):
+        raise MegError(
+            f"fading {link.fading} with min_snr_db {link.min_snr_db}: the deepest fades make the mean "
+            "latency infinite; give the link the weakest SNR that is sent at, as LinkParams(min_snr_db=-10)"
+        )
     steps = np.arange(int(params.min_steps), int(params.max_steps) + 1)
     actions = np.stack(
         [a.ravel() for a in np.meshgrid(steps, np.linspace(0.0, 1.0, ratios), indexing="ij")], axis=1

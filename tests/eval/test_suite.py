@@ -22,6 +22,7 @@ from eval.suite.policies import PAPER_PPO
 from eval.suite.present.figures import draw
 from eval.suite.present.report import report
 from eval.suite.present.tables import csv_text, html_table, markdown, significant
+from megjax.data.loader import DataConfig, open_pictures
 from megjax.errors import MegError
 from megjax.link.payload import rgb_bits
 from megjax.link.profiles import compute, load
@@ -351,10 +352,18 @@ def test_unreadable_prompts_are_named(tmp_path):
     (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
     with pytest.raises(MegError, match="2 prompts, --pictures 64"):
         _ = Context(SuiteConfig(prompts=tmp_path / "prompts.txt")).prompts
-    assert Context(SuiteConfig(prompts=tmp_path / "prompts.txt", pictures=2, batch=1)).prompts == [
-        "one",
-        "two",
-    ]
+    few = SuiteConfig(prompts=tmp_path / "prompts.txt", pictures=2, batch=1)
+    assert Context(few).prompts == ["one", "two"]
+    assert Context(dataclasses.replace(few, sample="three")).prompts == ["three", "one"]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_captions_are_not_those_that_distillation_draws(seed):
+    drawn = open_pictures(DataConfig(pictures=512, seed=seed), 64).read(0, 512)
+    learned = [example.caption for example in drawn]
+    fresh = Context(SuiteConfig(seed=seed)).prompts[1:]
+    # A scene's numbers of its own: one in thousands may say the same.
+    assert len(set(fresh) & set(learned)) < 8
 
 
 def test_settings_of_a_kind_that_cannot_be_are_refused_before_anything_runs():

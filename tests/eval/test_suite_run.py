@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eval.suite.config import ITEMS, SuiteConfig
+from eval.suite.config import ITEMS, SAMPLE, SuiteConfig
 from eval.suite.measure import AIR, NOISE
 from eval.suite.numbers import without_times
 from eval.suite.run import run
@@ -93,9 +93,7 @@ def test_a_modelled_latency_by_hand(config, results):
 def test_a_measured_error_by_hand(config, results, folder):
     """MEG's picture of Fig. 4, one alone and function by function."""
     pipeline = load_pipeline(folder)
-    ids = [
-        jnp.asarray(tokenize(pipeline.tokenizers, [text], allow_empty=True)) for text in (config.sample, "")
-    ]
+    ids = [jnp.asarray(tokenize(pipeline.tokenizers, [text], allow_empty=True)) for text in (SAMPLE, "")]
     prompt, empty = (condition(pipeline, pipeline.params, i, size=(64, 64)) for i in ids)
 
     def key(purpose):

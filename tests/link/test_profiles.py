@@ -18,6 +18,14 @@ def test_table2_reproduces_the_computation_column(steps, tome, seconds):
     assert abs(float(frame_cost(compute, steps, 0.0, 1.0).latency_s) - seconds) < 8e-3
 
 
+def test_step_timed_profiles_charge_the_calls_of_a_step():
+    alone, both = (
+        profiles.compute(profiles.load("table2"), SDXL_UNMERGED._replace(calls_per_step=n)) for n in (1, 2)
+    )
+    assert (both.es_step_s, both.es_step_j) == (2 * alone.es_step_s, 2 * alone.es_step_j)
+    assert both.es_fixed_s == alone.es_fixed_s
+
+
 def test_no_flop_linear_profile_fits_table2():
     """The slopes' ratio is 1.50, the FLOPs' 1.18: why `table2` is a kind of its own."""
     table2 = profiles.load("table2")

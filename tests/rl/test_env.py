@@ -139,6 +139,10 @@ def test_gymnasium_accepts_it():
     from megjax.rl.gymnasium_env import MegEnv, MegVectorEnv
 
     check_env(MegEnv(), skip_render_check=True)
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        MegEnv().step(np.array([0.2, 0.3], np.float32))
+    first = [MegEnv().reset()[0][0] for _ in range(3)] + [MegVectorEnv(1).reset()[0][0, 0] for _ in range(3)]
+    assert len(set(first)) == 6  # unseeded, each has a channel of its own
     env = gymnasium.wrappers.RecordEpisodeStatistics(MegEnv(cost_of=lambda costs: float(costs[0])))
     env.reset(seed=3)
     for frame in range(64):

@@ -76,11 +76,23 @@ def test_infeasible_limits_are_named(reference):
 
 def test_fading_worsens_the_optimum():
     """A line of sight costs little, and its lack more."""
-    links = [LinkParams(fading=fading) for fading in ("none", "rician", "rayleigh")]
+    links = [LinkParams(fading=fading, min_snr_db=-40.0) for fading in ("none", "rician", "rayleigh")]
     grids = [tables(dataclasses.replace(REFERENCE, link=link), bins=100, ratios=101) for link in links]
     still, rician, rayleigh = (solve(grid, (3.0, 1.8)).reward for grid in grids)
     assert rician < still - 0.03
     assert rayleigh < rician - 0.1
+
+
+def test_fading_needs_a_weakest_snr():
+    """Without one E[1 / log2(1 + snr)] is infinite, and the optimum would hang on the number of bins."""
+
+    def lowest(bins, **link):
+        params = dataclasses.replace(REFERENCE, link=LinkParams(fading="rayleigh", **link))
+        return reach(tables(params, bins=bins, ratios=2), (9.0, 9.0)).lowest[0]
+
+    with pytest.raises(MegError, match="min_snr_db -inf: the deepest fades make the mean latency infinite"):
+        lowest(50)
+    np.testing.assert_allclose(lowest(200, min_snr_db=-10.0), lowest(2000, min_snr_db=-10.0), rtol=1e-3)
 
 
 @pytest.mark.parametrize("limits", [(np.inf, 1.8), (3.0, np.nan), (3.0,)])
