@@ -69,6 +69,18 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         raise MegError(_refused(folder, error)) from error
 
 
+def expanded(path: str | Path) -> Path:
+    """Return a path with its `~` or `~user` written out.
+
+    Raises:
+        MegError: no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise MegError(f"{path}: {error}") from None
+
+
 def _put(temporary: Path, place: Path) -> None:
     """Put a folder in another's place, which comes back if that fails."""
     old = place.with_name(f"{temporary.name}-old")

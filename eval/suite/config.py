@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias, get_args
 from megjax.checks import LARGEST_SEED, within
 from megjax.errors import MegError
 from megjax.link.counts import largest_ratio
-from megjax.link.features import FeatureRules
+from megjax.link.features import PSNR_DB, FeatureRules
 from megjax.link.payload import rounds_of
 from megjax.link.profiles import load
 from megjax.rl.problem import SDXL_GRID
@@ -84,8 +84,7 @@ class SuiteConfig:
     @property
     def feature_psnr_db(self) -> float:
         """The noise level in force."""
-        default = 10.0 if self.rules == "default" else 20.0
-        return default if self.psnr_db is None else self.psnr_db
+        return PSNR_DB[self.rules] if self.psnr_db is None else self.psnr_db
 
 
 def items(config: SuiteConfig) -> tuple[str, ...]:

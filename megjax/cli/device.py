@@ -63,7 +63,7 @@ class Device:
     guidance: float | None = None
     """Of classifier-free guidance; the server's own if not given."""
     height: int | None = None
-    """Of the picture in pixels; the model's own if not given."""
+    """Of the picture in pixels; the model's own if not given, whatever the server's."""
     width: int | None = None
     """Likewise."""
     features: Literal["float16", "bfloat16", "int8"] = "float16"
@@ -105,12 +105,13 @@ def device_command(args: tyro.conf.OmitArgPrefixes[Device]) -> None:
         )
     elif args.distance_m is not None or args.latency_s or args.psnr_db != Device.psnr_db:
         raise MegError("distance-m, psnr-db, latency-s: of an emulated channel only; add --emulate paper")
-    request = _request(client, args)
+    request: PictureRequest = _request(client, args)
     http = client.connect(args.server, args.token or os.environ.get("MEGJAX_TOKEN") or None)
     console = Console(stderr=True)
     with console.status("loading the decoder") as status:
         options = Options(DTYPES[args.dtype], DTYPES[args.dtype])
         device = load_device(args.model, options, decoder=args.decoder, size=size)
+        request = dataclasses.replace(request, height=device.size[0], width=device.size[1])
         show = client.viewer(device)
         show(client.silence(device), 0, 0.0)
         status.update(escape(f"waiting for {args.server}"))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -21,11 +21,13 @@ from megjax.data.pictures import upright_rgb
 from megjax.errors import MegError
 from megjax.link import channel, profiles
 from megjax.link.cost import FrameCost, calls_per_step, frame_cost
-from megjax.link.features import FeatureRules, psnr_from_snr
+from megjax.link.counts import largest_ratio
+from megjax.link.features import PSNR_DB, FeatureRules, psnr_from_snr
+from megjax.link.payload import rounds_of
 from megjax.models import Options
-from megjax.pipeline import Generated, Request, check, generate, generate_each, load_pipeline
-from megjax.pipeline.generate import MAX_RATIO
-from megjax.pipeline.split import Sampler, steps_run
+from megjax.pipeline import Generated, Pipeline, Request, check, generate, generate_each, load_pipeline
+from megjax.pipeline.generate import MAX_RATIO, check_values
+from megjax.pipeline.split import Sampler, fewest_steps, steps_run
 from megjax.pipeline.workload import workload
 from megjax.rl.policy import act, load_policy
 
@@ -34,6 +36,8 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 DEFAULT_STEPS, DEFAULT_RATIO = 8, 0.4
 GRID_STEPS = (4, 6, 8, 12)
 GRID_RATIOS = (0.0, 0.2, 0.4, 0.6, 0.8)
+PAPER_RATIO = largest_ratio((2, 2), rounds_of("paper"))
+"""Past it the paper's one round merges no more, whatever the grid."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +58,16 @@ class Generate:
     """Denoising steps T; 8 if not given."""
     ratio: float | None = None
     """Merging ratio r, from 0 to 15/16, 0.4 if not given; the rules `paper` clip what is above 3/4 to it."""
-    psnr_db: float = 10.0
-    """Signal-to-noise ratio of the features on the channel; inf is a perfect channel."""
+    psnr_db: float | None = None
+    """Signal-to-noise ratio of the features on the channel, inf is a perfect one; if not given, 10, under the
+    rules `paper` 20, the authors' deviation of 0.1."""
     seed: int = 0
     """Of the noise, the partition of the tokens and the channel."""
     negative_prompt: str = ""
     """What guidance leads away from."""
     guidance: float = 2.5
-    """Of classifier-free guidance."""
+    """Of classifier-free guidance. A few-step student has its teacher's inside, so that 1, at half the calls,
+    may draw better."""
     sampler: Sampler | None = None
     """`perflow` or `ddim`; by default the few-step student where the model has one."""
     tome_ratio: float = 0.0
@@ -117,7 +123,7 @@ def generate_command(args: tyro.conf.OmitArgPrefixes[Generate]) -> None:
         negative_prompt=args.negative_prompt,
         steps=steps,
         ratio=ratio,
-        psnr_db=float(psnr_from_snr(snr)) if args.tie_psnr else args.psnr_db,
+        psnr_db=_psnr_db(args, snr),
         guidance=args.guidance,
         seed=args.seed,
         rules=args.rules,
@@ -128,6 +134,11 @@ def generate_command(args: tyro.conf.OmitArgPrefixes[Generate]) -> None:
         width=args.width,
     )
     profile = profiles.load(args.profile)
+    # What needs no model, before one is loaded.
+    check_values(request)
+    if args.rules == "paper":
+        request = dataclasses.replace(request, ratio=min(request.ratio, PAPER_RATIO))
+    picture = None if args.init_image is None else _read_picture(args.init_image)
     console = Console(stderr=True)
     columns = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()]
     if args.grid:
@@ -140,13 +151,14 @@ def generate_command(args: tyro.conf.OmitArgPrefixes[Generate]) -> None:
 
         options = Options(dtype=DTYPES[args.dtype], param_dtype=DTYPES[args.dtype])
         pipeline = load_pipeline(args.model, options, on_part=lambda part: stage(f"loading {part}"))
-        check(request, pipeline)
+        drawn = _grid_steps(pipeline, args.sampler) if args.grid else (steps,)
+        check(dataclasses.replace(request, steps=drawn[0]), pipeline)
         size = request.height or pipeline.image_size, request.width or pipeline.image_size
-        start = None if args.init_image is None else _read_picture(args.init_image, size)
+        start = None if picture is None else _fitted(picture, size)
         if args.grid:
             requests = [
                 dataclasses.replace(request, steps=steps, ratio=ratio)
-                for steps in GRID_STEPS
+                for steps in drawn
                 for ratio in GRID_RATIOS
             ]
             progress.update(task, total=len(requests))
@@ -183,6 +195,19 @@ def _link_snr(args: Generate) -> jax.Array:
     return channel.snr(args.distance_m)
 
 
+def _psnr_db(args: Generate, snr: jax.Array) -> float:
+    """Return the features' signal-to-noise ratio in force."""
+    if args.tie_psnr:
+        return float(psnr_from_snr(snr))
+    return PSNR_DB[args.rules] if args.psnr_db is None else args.psnr_db
+
+
+def _grid_steps(pipeline: Pipeline, sampler: Sampler | None) -> tuple[int, ...]:
+    """Return the sheet's numbers of steps, those that the sampler takes."""
+    fewest = fewest_steps(pipeline, sampler)
+    return tuple(T for T in GRID_STEPS if fewest <= T) or (fewest,)
+
+
 def _table(
     request: Request, profile: str, result: Generated, cost: FrameCost, rate_bps: float, output: Path
 ) -> Table:
@@ -211,7 +236,7 @@ def _contact_sheet(requests: list[Request], results: list[Generated]) -> Image.I
     height, width = height * zoom, width * zoom
     size = (
         len(GRID_RATIOS) * (width + margin) + margin,
-        len(GRID_STEPS) * (height + label + margin) + margin,
+        len(requests) // len(GRID_RATIOS) * (height + label + margin) + margin,
     )
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
@@ -225,22 +250,20 @@ def _contact_sheet(requests: list[Request], results: list[Generated]) -> Image.I
     return sheet
 
 
-def _read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """Read a picture, cropped to the aspect of `size` (height, width) and resized to it; in [0, 1]."""
+def _read_picture(path: Path) -> Image.Image:
+    """Read a picture to start from."""
     try:
         with Image.open(path) as file:
-            picture = upright_rgb(file)
+            return upright_rgb(file)
     except FileNotFoundError:
         raise MegError(f"init-image {path}: no such file") from None
     # Pillow's decoders raise SyntaxError and ValueError for broken files too.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise MegError(f"init-image {path}: not a readable picture ({error})") from None
+
+
+def _fitted(picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Crop to the aspect of `size` (height, width) and resize to it; in [0, 1]."""
     height, width = size
-    scale = max(width / picture.width, height / picture.height)
-    resized = picture.resize(
-        (max(width, round(picture.width * scale)), max(height, round(picture.height * scale))),
-        Image.Resampling.LANCZOS,
-    )
-    left, top = (resized.width - width) // 2, (resized.height - height) // 2
-    cropped = resized.crop((left, top, left + width, top + height))
-    return np.asarray(cropped, np.float32) / 255
+    fitted = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    return np.asarray(fitted, np.float32) / 255

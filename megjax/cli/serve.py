@@ -12,16 +12,18 @@ from typing import Annotated, Literal
 import tyro
 
 from megjax.errors import MegError
+from megjax.link import profiles
 from megjax.models import Options
 from megjax.pipeline import load_pipeline
+from megjax.rl.policy import load_policy
 
 
 @dataclasses.dataclass(frozen=True)
 class Serve:
     """Serve pictures to devices: prompts in, merged latents in the wire format out.
 
-    It listens at once, compiles every batch size, and then is ready (`/readyz`). SIGTERM finishes what was
-    accepted. Off loopback a token is required.
+    It takes its address, loads, compiles every batch size, and then is ready (`/readyz`). SIGTERM finishes
+    what was accepted. Off loopback a token is required.
     """
 
     host: str = "127.0.0.1"
@@ -60,7 +62,7 @@ def serve_command(args: tyro.conf.OmitArgPrefixes[Serve]) -> None:
     """Serve pictures to devices: prompts in, merged latents in the wire format out."""
     try:
         from megjax.serve.config import ServeConfig
-        from megjax.serve.server import run
+        from megjax.serve.server import listen, run
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "megjax":
             raise
@@ -82,8 +84,13 @@ def serve_command(args: tyro.conf.OmitArgPrefixes[Serve]) -> None:
     )
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("megjax.serve").setLevel(logging.INFO)
+    # What needs no model, before one is loaded.
+    profiles.load(config.profile)
+    for path in config.policies:
+        load_policy(path)
+    listener = listen(config)
     pipeline = load_pipeline(args.model, Options(dtype=args.dtype, param_dtype=args.dtype))
-    if not run(pipeline, config):
+    if not run(pipeline, config, listener):
         sys.exit(1)
 
 

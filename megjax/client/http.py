@@ -32,6 +32,10 @@ PARTS = {
     "energy_j": ("es", "tx", "ue", "total"),
 }
 """What a device reads of the server's account: as measured, and as the model charges it."""
+SILENCE_S = 120.0
+"""That an answer may take where the request has no deadline."""
+GRACE_S = 30.0
+"""Beyond a request's deadline, by which the server answers."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 BUSY = (429, 502, 503)
 """Statuses that pass: a full queue, a server that starts or drains, a proxy before one."""
@@ -130,7 +134,7 @@ def connect(
         return httpx.AsyncClient(
             base_url=url,
             headers=headers,
-            timeout=httpx.Timeout(120.0, connect=5.0),
+            timeout=httpx.Timeout(SILENCE_S, connect=5.0),
             transport=transport,
             trust_env=url.host not in LOOPBACK,
         )
@@ -209,8 +213,13 @@ async def _once(
     sleep: Sleep,
 ) -> Answer:
     asked = clock()
+    timeout = http.timeout
+    if request.deadline_s is not None:
+        timeout = httpx.Timeout(max(request.deadline_s, 0.0) + GRACE_S, connect=timeout.connect)
     try:
-        async with http.stream("POST", "v1/generate", content=body, headers=JSON) as response:
+        async with http.stream(
+            "POST", "v1/generate", content=body, headers=JSON, timeout=timeout
+        ) as response:
             if response.status_code != 200:
                 await _refuse(response)
             answered = clock()
@@ -220,6 +229,10 @@ async def _once(
                 pieces = paced(pieces, channel, clock, sleep)
             message, bits, seconds = await _collect(pieces, most_bytes, clock)
             done = clock()
+    except httpx.ReadTimeout:
+        raise _Again(
+            f"{http.base_url} says nothing for {timeout.read:g} s; a deadline (deadline_s) waits as long"
+        ) from None
     except httpx.TransportError as error:
         reason = printable(str(error)) or type(error).__name__
         raise _Again(f"cannot get a message from {http.base_url}: {reason}") from None

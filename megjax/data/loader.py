@@ -31,6 +31,7 @@ from megjax.data.pictures import upright_rgb
 from megjax.data.render import render
 from megjax.data.scenes import sample_scenes
 from megjax.errors import MegError
+from megjax.files import expanded
 from megjax.text import is_text
 
 SCENES, HUB = "scenes", "hf:"
@@ -111,7 +112,7 @@ def open_pictures(config: DataConfig, size: int) -> Pictures:
     """
     within(config, 0, math.inf, "pictures")
     if config.source != SCENES and not config.source.startswith(HUB):
-        return _folder(config, Path(config.source).expanduser(), size)
+        return _folder(config, expanded(config.source), size)
     if config.pictures < 1:
         raise MegError(f"{config.source} has no end: say how many pictures (--data.pictures)")
     read = _scenes(config, size) if config.source == SCENES else _stream(config, size)
@@ -124,7 +125,7 @@ def data_key(config: DataConfig) -> dict[str, Any]:
     Pictures that are replaced under their names are not noticed.
     """
     key = {k: v for k, v in dataclasses.asdict(config).items() if k != "max_broken"}
-    path = Path(config.source).expanduser() / "metadata.jsonl"
+    path = expanded(config.source) / "metadata.jsonl"
     if path.is_file():
         key["metadata"] = hashlib.sha256(path.read_bytes()).hexdigest()
     return key

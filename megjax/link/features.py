@@ -16,6 +16,8 @@ from megjax.link.channel import DEFAULT_LINK, LinkParams, Real, from_db, to_db
 
 FeatureRules: TypeAlias = Literal["default", "paper"]
 """default: noise relative to the message's power. paper: noise of that level on un-normalised latents."""
+PSNR_DB: dict[FeatureRules, float] = {"default": 10.0, "paper": 20.0}
+"""The features' usual noise level; the authors' is a standard deviation of 0.1."""
 FeatureDtype: TypeAlias = Literal["float16", "bfloat16"]
 
 

@@ -27,6 +27,7 @@ from megjax.pipeline.split import (
     decode,
     denoise,
     encode,
+    fewest_steps,
     finite,
     noise_unit,
     send,
@@ -98,8 +99,8 @@ class Generated(NamedTuple):
     psnr_db: float
 
 
-def check(request: Request, pipeline: Pipeline) -> None:
-    """Refuse what cannot be generated.
+def check_values(request: Request) -> None:
+    """Refuse what no model can generate.
 
     Raises:
         MegError: naming the value and what is allowed.
@@ -108,19 +109,8 @@ def check(request: Request, pipeline: Pipeline) -> None:
         raise MegError(f"rules {request.rules!r}: choose from {', '.join(get_args(FeatureRules))}")
     if request.sampler not in (None, *get_args(Sampler)):
         raise MegError(f"sampler {request.sampler!r}: choose from {', '.join(get_args(Sampler))}")
-    if request.sampler == "perflow" and "student" not in pipeline.params:
-        raise MegError(f"sampler perflow: {pipeline.name} has no few-step student; take ddim, or distil one")
     if type(request.steps) is not int:
         raise MegError(f"steps {request.steps}: a whole number is allowed")
-    fewest = pipeline.flow.windows if unet_params(pipeline, request.sampler)[1] == "perflow" else 1
-    if fewest > REFERENCE_STEPS:
-        raise MegError(
-            f"{pipeline.name}: its student has {fewest} windows, and the reference is of {REFERENCE_STEPS} "
-            "steps; take a student of fewer windows, or the sampler ddim"
-        )
-    longest = len(pipeline.schedule.abar)
-    if not fewest <= request.steps <= longest:
-        raise MegError(f"steps {request.steps}: from {fewest} to {longest} are allowed")
     if not 0 <= request.tome_ratio <= 0.75:
         raise MegError(f"tome_ratio {request.tome_ratio}: from 0 to 0.75 are allowed")
     limit = MAX_RATIO[request.rules]
@@ -133,6 +123,26 @@ def check(request: Request, pipeline: Pipeline) -> None:
     if not 0 < request.strength <= 1:
         raise MegError(f"strength {request.strength}: above 0, up to 1 is allowed")
     within(request, 0, LARGEST_SEED, "seed")
+
+
+def check(request: Request, pipeline: Pipeline) -> None:
+    """Refuse what this pipeline cannot generate.
+
+    Raises:
+        MegError: naming the value and what is allowed.
+    """
+    check_values(request)
+    if request.sampler == "perflow" and "student" not in pipeline.params:
+        raise MegError(f"sampler perflow: {pipeline.name} has no few-step student; take ddim, or distil one")
+    fewest = fewest_steps(pipeline, request.sampler)
+    if fewest > REFERENCE_STEPS:
+        raise MegError(
+            f"{pipeline.name}: its student has {fewest} windows, and the reference is of {REFERENCE_STEPS} "
+            "steps; take a student of fewer windows, or the sampler ddim"
+        )
+    longest = len(pipeline.schedule.abar)
+    if not fewest <= request.steps <= longest:
+        raise MegError(f"steps {request.steps}: from {fewest} to {longest} are allowed")
     # Two latent pixels a token, and every level of the U-Net halves them once more.
     multiple = pipeline.vae_decoder.config.downsampling * 2 ** max(
         1, len(pipeline.unet.config.block_out_channels) - 1

@@ -130,6 +130,11 @@ def unet_params(pipeline: Pipeline, sampler: Sampler | None = None) -> tuple[Par
     return (pipeline.params.get("student", teacher) if sampler == "perflow" else teacher), sampler
 
 
+def fewest_steps(pipeline: Pipeline, sampler: Sampler | None = None) -> int:
+    """The fewest denoising steps that a sampler takes: one, or a student's windows."""
+    return pipeline.flow.windows if unet_params(pipeline, sampler)[1] == "perflow" else 1
+
+
 def noise_unit(rules: FeatureRules, vae: VAEConfig) -> Unit:
     """What the features' noise is relative to: under `paper`, one unit of the autoencoder's own latents."""
     return latent_unit(vae) if rules == "paper" else None

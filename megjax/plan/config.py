@@ -14,8 +14,8 @@ class PlanConfig:
     """Compile a backbone's programs for a TPU topology, none of it present, and tell what one device needs.
 
     Memory, FLOPs and bytes are those of the compiled programs, loops counted as often as they run; times are
-    a roofline at the compiler's own rates. SDXL's training step takes minutes of one core. Exit code 3: it
-    does not fit.
+    a roofline at the compiler's own rates. SDXL's training step takes a quarter of an hour of one core and
+    more, with `--quick` minutes. Exit code 3: it does not fit.
     """
 
     backbone: tyro.conf.Positional[Literal["sdxl", "tiny"]]

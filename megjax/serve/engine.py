@@ -120,11 +120,6 @@ def largest_ratio(pipeline: Pipeline, size: Size) -> float:
     return min(MAX_RATIO["default"], counts.largest_ratio(grid_of(pipeline, size)))
 
 
-def fewest_steps(pipeline: Pipeline) -> int:
-    """The fewest denoising steps that the backbone's sampler takes."""
-    return pipeline.flow.windows if unet_params(pipeline)[1] == "perflow" else 1
-
-
 def messages(
     pipeline: Pipeline, tasks: Sequence[Task], batch: int, tome_ratio: float = 0.0
 ) -> tuple[list[Sent | MegError], Times]:

@@ -42,7 +42,7 @@ class GenerateRequest(_Strict):
     prompt: str = Field(min_length=1, max_length=1000)
     negative_prompt: str = Field(default="", max_length=1000)
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="of the noise and the partition")
-    height: int | None = Field(default=None, ge=1, le=65536, description="pixels; the model's own")
+    height: int | None = Field(default=None, ge=1, le=65536, description="pixels; the server's first size")
     width: int | None = Field(default=None, ge=1, le=65536, description="likewise")
     steps: int | None = Field(default=None, ge=1, le=1000, description="denoising steps T")
     ratio: float | None = Field(default=None, ge=0, le=1, description="merging ratio r")

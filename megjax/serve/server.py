@@ -23,13 +23,18 @@ LAST_WORDS_S = 1.0
 log = logging.getLogger("megjax.serve")
 
 
-def run(pipeline: Pipeline, config: ServeConfig) -> bool:
+def run(pipeline: Pipeline, config: ServeConfig, listener: socket.socket) -> bool:
     """Serve until SIGTERM or SIGINT; a second one ends it at once. Returns whether it ended as told.
 
     On the first signal what waits is finished, new requests are answered 503, and only then does it close.
 
+    Args:
+        pipeline: what generates.
+        config: how.
+        listener: from `listen`.
+
     Raises:
-        MegError: an address that cannot be listened on; see `Service`.
+        MegError: see `Service`.
     """
     service = Service(pipeline, config)
     failed = False
@@ -39,7 +44,6 @@ def run(pipeline: Pipeline, config: ServeConfig) -> bool:
         failed = server.should_exit = True
 
     app = create_app(service, fail)
-    listener = listen(config)
     settings = uvicorn.Config(
         app,
         http=_prompt(config.receive_s),

@@ -17,6 +17,7 @@ from megjax.errors import MegError
 from megjax.link import profiles
 from megjax.link.cost import Compute
 from megjax.pipeline import Pipeline, Request, check
+from megjax.pipeline.split import fewest_steps
 from megjax.pipeline.workload import workload
 from megjax.rl.policy import act, load_policy
 from megjax.serve import engine
@@ -69,7 +70,7 @@ class Service:
         self.sizes: tuple[Size, ...] = config.sizes or (own,)
         self.policies = [load_policy(path) for path in config.policies]
         self.profile = profiles.load(config.profile)
-        self.fewest_steps = engine.fewest_steps(pipeline)
+        self.fewest_steps = fewest_steps(pipeline)
         if config.max_steps < self.fewest_steps:
             raise MegError(f"max_steps {config.max_steps}: this model takes at least {self.fewest_steps}")
         for path, policy in zip(config.policies, self.policies, strict=True):
@@ -169,7 +170,7 @@ class Service:
                 covering(self.policies, limits)
             except MegError as error:
                 raise Refused(422, str(error)) from None
-        elif body.steps is not None and body.steps > self.config.max_steps:
+        elif body.steps is not None and not self.fewest_steps <= body.steps <= self.config.max_steps:
             most = self.config.max_steps
             raise Refused(422, f"steps: from {self.fewest_steps} to {most} are allowed")
         loop = asyncio.get_running_loop()

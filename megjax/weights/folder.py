@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megjax.errors import WeightsError
+from megjax.files import expanded
 from megjax.weights import formats
 
 _ENCODER = ("CLIPTextModel", "FlaxCLIPTextModel")
@@ -60,7 +61,7 @@ def open_folder(
 
     Raises `WeightsError` if the folder, a part or its config is missing, or of a class that MegJAX lacks.
     """
-    path = Path(model).expanduser()
+    path = expanded(model)
     if not path.is_dir():
         path = _download(str(model), variant, parts)
     index = formats.read_json(path / "model_index.json")

@@ -74,6 +74,7 @@ def test_writes_the_picture_and_prints_where_the_time_went(run, tmp_path, device
     assert not code
     body = json.loads(request.content)
     assert (body["steps"], body["ratio"], body["seed"]) == (8, 0.6, 3)
+    assert (body["height"], body["width"]) == device.size  # whatever the server's own is
     # A network adds no noise.
     np.testing.assert_array_equal(shown("picture.png"), expected(device, message, 3, 0.6, np.inf))
     size = len(message(3, 0.6)) - 32

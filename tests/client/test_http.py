@@ -173,6 +173,15 @@ def test_a_message_that_was_damaged_or_cut_is_asked_for_again(message, answer):
     assert len(requests) == 3
 
 
+@pytest.mark.parametrize(("deadline_s", "waits_s"), [(None, 120.0), (600.0, 630.0)])
+def test_a_silent_server_is_waited_for_as_long_as_the_deadline(message, answer, deadline_s, waits_s):
+    asked = dataclasses.replace(REQUEST, deadline_s=deadline_s)
+    _, requests, _ = served([answer(message())], request=asked)
+    assert requests[0].extensions["timeout"]["read"] == waits_s
+    text = refusal(httpx.ReadTimeout(""), request=asked, patience_s=0.0)
+    assert f"says nothing for {waits_s:g} s" in text
+
+
 def test_patience_ends():
     text = refusal(*[httpx.ConnectError("refused")] * 100, patience_s=20.0)
     assert "cannot get a message from http://edge" in text

@@ -15,6 +15,7 @@ from megjax.pipeline import load_pipeline
 from tests.small import save_random
 
 command = importlib.import_module("megjax.cli.generate")
+PAPER = ["--rules", "paper"]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,12 @@ def test_features_may_meet_the_links_noise(run, monkeypatch):
         raise MegError(f"asked for {request.psnr_db:.3f} dB")
 
     monkeypatch.setattr(command, "generate", stop)
-    for args, psnr_db in ((["--tie-psnr"], "5.000"), (["--psnr-db", "7"], "7.000"), ([], "10.000")):
+    for args, psnr_db in (
+        (["--tie-psnr"], "5.000"),
+        (["--psnr-db", "7"], "7.000"),
+        ([], "10.000"),
+        (PAPER, "20.000"),
+    ):
         assert f"asked for {psnr_db} dB" in run("a red circle", "--snr-db", "5", *args)[2]
 
 
@@ -76,8 +82,35 @@ def test_image_to_image_and_contact_sheet(run, tmp_path):
 
 def test_a_grey_picture_of_16_bits_keeps_its_greys(tmp_path):
     Image.fromarray(np.full((8, 8), 257 * 51, np.uint16)).save(tmp_path / "grey.png")
-    found = command._read_picture(tmp_path / "grey.png", (8, 8))
+    found = command._fitted(command._read_picture(tmp_path / "grey.png"), (8, 8))
     np.testing.assert_allclose(found, np.full((8, 8, 3), 0.2), atol=1e-6)
+
+
+def test_a_thin_picture_is_cropped_before_it_is_enlarged():
+    """64 x 6.4 million pixels else."""
+    thin = Image.new("RGB", (1, 100_000), (51, 51, 51))
+    np.testing.assert_allclose(command._fitted(thin, (64, 64)), np.full((64, 64, 3), 0.2), atol=1e-6)
+
+
+def test_the_papers_ratio_is_told_as_it_is_used(run):
+    code, out, _ = run("a red circle", "--steps", "2", "--ratio", "0.9", *PAPER)
+    assert not code
+    assert "2 steps, ratio 0.75" in out
+
+
+@pytest.mark.parametrize(("windows", "steps"), [(1, (4, 6, 8, 12)), (7, (8, 12)), (13, (13,))])
+def test_a_contact_sheet_has_the_steps_that_the_student_takes(monkeypatch, folder, windows, steps):
+    monkeypatch.setattr(command, "fewest_steps", lambda *_: windows)
+    assert command._grid_steps(load_once(folder), None) == steps
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [(["--ratio", "7"], "ratio 7.0"), (["--init-image", "none.png"], "no such file"), ([], "no such folder")],
+)
+def test_what_needs_no_model_is_refused_before_one_is_loaded(run, args, message):
+    code, _, err = run("a red circle", "--model", "nowhere", *args)
+    assert (code, message in err) == (2, True)
 
 
 @pytest.mark.parametrize("grid", [[], ["--grid"]])
@@ -120,6 +153,7 @@ def test_numbers_for_readers(value, text):
         (["a red circle", "-o", "nowhere/out.png"], "no folder"),
         (["a red circle", "-o", "out.jpg"], "ends in .png"),
         (["a red circle", "--model", "nowhere"], "no such folder"),
+        (["a red circle", "--model", "~nobody-of-this-name/x"], "~nobody-of-this-name/x: Could not"),
         (["a red circle", "--height", "1000000"], "multiples of 8 pixels up to 256"),
         (
             ["a red circle", "--grid", "--steps", "6"],

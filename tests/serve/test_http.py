@@ -93,7 +93,7 @@ def test_info_tells_the_bounds(run):
         ({"seed": 2**32}, "seed: input should be less"),
         ({"seed": "1"}, "seed: input should be a valid integer"),
         ({"seed": True}, "seed: input should be a valid integer"),
-        ({"steps": 3}, "steps 3: from 4"),
+        ({"steps": 3}, "steps: from 4 to 12"),
         ({"steps": 13}, "steps: from 4 to 12"),
         ({"steps": None}, "steps and ratio: give both"),
         ({"ratio": None}, "steps and ratio: give both"),

@@ -148,6 +148,20 @@ def test_what_cannot_be_served_is_one_line(command, args, words):
     assert printed.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--profile", "abacus"], "unknown hardware profile"),
+        (["--policy", "none"], "none is not a MegJAX policy"),
+    ],
+)
+def test_what_needs_no_model_is_refused_before_one_is_loaded(command, monkeypatch, args, words):
+    loaded = []
+    monkeypatch.setattr(importlib.import_module("megjax.cli.serve"), "load_pipeline", loaded.append)
+    printed, code = command("--port", "0", *args)
+    assert (code, words in printed, loaded) == (2, True, [])
+
+
 def test_a_missing_extra_is_one_line(command, monkeypatch):
     monkeypatch.delitem(sys.modules, "megjax.serve.server", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
