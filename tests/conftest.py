@@ -14,10 +14,21 @@ jaxtyping.install_import_hook("megjax", "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-COMPILE_QUICKLY = ("distill/", "models/test_networks.py", "pipeline/", "training/test_pretrain.py")
+COMPILE_QUICKLY = (
+    "client/",
+    "distill/",
+    "eval/test_mains.py",
+    "models/test_networks.py",
+    "models/test_parity.py",
+    "pipeline/",
+    "serve/test_choice.py",
+    "serve/test_http.py",
+    "serve/test_queue.py",
+    "training/test_pretrain.py",
+)
 """Tests that compile for far longer than they run, and whose bars do not depend on how well."""
 
-FIRST = ("test_pretrain.py", "test_meshes.py", "test_networks.py")
+FIRST = ("test_meshes.py", "test_pretrain.py", "test_policies.py", "test_captions.py")
 """Files that take longest: begun last, they would keep one process busy while the others wait."""
 
 

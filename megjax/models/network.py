@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,7 @@ class Network:
         return gathering(run, params, (args, kwargs), remat=self.remat)
 
 
+@functools.lru_cache(maxsize=64)  # Tracing a module takes seconds, and who asks again gets the same.
 def network(module: Callable[..., nnx.Module], config: Any, options: Options) -> Network:
     """Describe `module(config, options)` without allocating a parameter."""
 

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from megjax import merging
+from megjax.client import viewer
 from megjax.link import wire
 from megjax.merging.message import pack
 from megjax.models import vae_decoder
 from megjax.pipeline.device import Device
+from tests.models.cases import random_params
 from tests.small import CONFIG
 
 if find_spec("httpx") is None:
@@ -27,7 +29,13 @@ GRID = (8, 8)
 @pytest.fixture(scope="session")
 def device():
     decoder = vae_decoder(CONFIG.vae)
-    return Device(decoder, decoder.init(jax.random.key(4)), (64, 64))
+    return Device(decoder, jax.tree.map(jnp.asarray, random_params(decoder.shapes)), (64, 64))
+
+
+@pytest.fixture(scope="session")
+def show(device):
+    """Decodes messages; compiled once."""
+    return viewer(device)
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,13 @@ from PIL import Image
 
 from megjax import client
 from megjax.cli import main
-from megjax.client import connect, emulated, recall, viewer
+from megjax.client import connect, emulated, recall
 
 command = importlib.import_module("megjax.cli.device")
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys, device, message, answer):
+def run(monkeypatch, tmp_path, capsys, device, show, message, answer):
     """(arguments) -> exit code, output, errors and the requests that a server got; it answers as asked."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
@@ -25,7 +25,6 @@ def run(monkeypatch, tmp_path, capsys, device, message, answer):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("MEGJAX_TOKEN", raising=False)
     monkeypatch.setattr(command, "load_device", lambda *_, **__: device)
-    show = viewer(device)
     monkeypatch.setattr(client, "viewer", lambda _: show)
     requests = []
 
@@ -65,18 +64,18 @@ def shown(path):
         return np.asarray(picture)
 
 
-def expected(device, message, seed, ratio, psnr_db, dtype="float16"):
-    return np.round(viewer(device)(message(seed, ratio, dtype), seed, psnr_db) * 255).astype(np.uint8)
+def expected(show, message, seed, ratio, psnr_db, dtype="float16"):
+    return np.round(show(message(seed, ratio, dtype), seed, psnr_db) * 255).astype(np.uint8)
 
 
-def test_writes_the_picture_and_prints_where_the_time_went(run, tmp_path, device, message):
+def test_writes_the_picture_and_prints_where_the_time_went(run, tmp_path, device, show, message):
     code, out, _, (request,) = run("a red circle", "--seed", "3", "--ratio", "0.6", "-o", "picture.png")
     assert not code
     body = json.loads(request.content)
     assert (body["steps"], body["ratio"], body["seed"]) == (8, 0.6, 3)
     assert (body["height"], body["width"]) == device.size  # whatever the server's own is
     # A network adds no noise.
-    np.testing.assert_array_equal(shown("picture.png"), expected(device, message, 3, 0.6, np.inf))
+    np.testing.assert_array_equal(shown("picture.png"), expected(show, message, 3, 0.6, np.inf))
     size = len(message(3, 0.6)) - 32
     for words in ("edge server", "106 ms", "500 ms", "denoising", "network", "612 ms", f"{size} bytes"):
         assert words in out
@@ -87,13 +86,13 @@ def test_writes_the_picture_and_prints_where_the_time_went(run, tmp_path, device
     assert {path.name for path in tmp_path.iterdir()} == {"picture.png", "megjax.png", "cache"}
 
 
-def test_an_emulated_channel_adds_its_noise_and_takes_its_time(run, device, message):
+def test_an_emulated_channel_adds_its_noise_and_takes_its_time(run, show, message):
     args = "--emulate", "paper", "--seed", "2", "--latency-s", "0.05", "--psnr-db", "7"
     code, out, _, (request,) = run("a red circle", *args)
     assert not code
     channel = emulated("paper", 2)
     assert json.loads(request.content)["channel"] == {"rate_bps": channel.rate_bps, "psnr_db": 7.0}
-    np.testing.assert_array_equal(shown("megjax.png"), expected(device, message, 2, 0.4, 7.0))
+    np.testing.assert_array_equal(shown("megjax.png"), expected(show, message, 2, 0.4, 7.0))
     row = next(line for line in out.splitlines() if "emulated channel" in line)
     measured_ms = float(row.split("│")[2].split()[0])
     # 8 (size - 32) / rate and t0; a real clock is only ever later.

@@ -5,6 +5,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import re
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -312,7 +313,7 @@ def test_axe_finds_nothing(visit, width, scheme):
 def test_nothing_is_inline(server):
     html = (PAGE / "index.html").read_text()
     assert "style=" not in html
-    assert " on" not in html.replace(" on ", "").replace(" once", "").lower() or "onclick" not in html
+    assert not re.search(r"\son\w+\s*=", html)
     assert html.count("<script") == html.count("<script src=") == 1
     assert "http" not in html.replace("http-equiv", "")
     assert "innerHTML" not in (PAGE / "app.js").read_text()

@@ -19,11 +19,6 @@ RATIOS = (0.0, 0.4, 0.9)
 
 
 @pytest.fixture(scope="module")
-def show(device):
-    return viewer(device)
-
-
-@pytest.fixture(scope="module")
 def decode(device):
     return jax.jit(lambda z: jnp.clip(device.decoder(device.params, z)[0], 0, 1))
 

@@ -92,9 +92,12 @@ def test_single_point_data_is_found_in_one_step():
         return (z - jnp.sqrt(abar) * target) / jnp.sqrt(1 - abar)
 
     z = jax.random.normal(jax.random.key(1), (1, 2, 2, 4))
-    expected = [ddim(denoise, z, sched, n) for n in (1, 4, 10)]
-    for out in expected:
-        np.testing.assert_allclose(out, expected[0], atol=2e-4)
+    # The noise found at the start is added again as the last timestep has it, in however many steps.
+    first, last = (np.asarray(sched.abar, float)[i] for i in (-1, 0))
+    eps = (np.asarray(z, float) - np.sqrt(first) * target) / np.sqrt(1 - first)
+    for n in (1, 4, 10):
+        end = np.sqrt(last) * target + np.sqrt(1 - last) * eps
+        np.testing.assert_allclose(ddim(denoise, z, sched, n), end, atol=2e-4)
 
 
 def test_one_executable_for_every_number_of_steps():
@@ -117,6 +120,9 @@ def test_noised_keeps_unit_variance(t, seed):
     z0, noise = jax.random.normal(jax.random.key(seed), (2, 1, 32, 32, 4))
     z = noised(schedule(), z0, noise, jnp.array([t]))
     np.testing.assert_allclose(float(z.std()), 1.0, atol=0.06)
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    abar = np.cumprod(1 - betas)[t]
+    np.testing.assert_allclose(z, np.sqrt(abar) * z0 + np.sqrt(1 - abar) * noise, atol=1e-5)
 
 
 def test_guidance_one_is_the_conditional_prediction():

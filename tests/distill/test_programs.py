@@ -179,7 +179,7 @@ def test_presets_fit_together():
 )
 def test_a_start_or_a_folder_that_is_not_there_is_found_before_any_data_is_read(tmp_path, train, module):
     debug = dataclasses.replace(module.DEBUG, cache=tmp_path / "cache", folder=tmp_path / "run")
-    with pytest.raises(MegError):
+    with pytest.raises(MegError, match="nope"):
         train(dataclasses.replace(debug, start=tmp_path / "nope"))
     (tmp_path / "file").touch()
     with pytest.raises(MegError, match="cannot be written"):

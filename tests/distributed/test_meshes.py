@@ -17,7 +17,9 @@ BOUND = {"sgd": 1e-5, "adamw": 1e-4, "muon": 1e-4}
 
 def environment(devices):
     flags = f"--xla_force_host_platform_device_count={devices}"
-    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    # Each process compiles for itself, for longer than it trains.
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | quick
 
 
 def launch(layout, folder, devices, **kwargs):
@@ -76,19 +78,25 @@ def test_all_layouts_have_the_same_losses_with_a_unet(tmp_path, optimizer):
     compare(tmp_path, optimizer, "unet", ["data", "fsdp"])
 
 
-def test_a_run_goes_on_on_another_number_of_devices(tmp_path):
-    finish(launch("one", tmp_path / "one", 1))
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Losses on one device, by plain gradient descent."""
+    folder = tmp_path_factory.mktemp("one")
+    finish(launch("one", folder, 1))
+    return losses(folder)
+
+
+def test_a_run_goes_on_on_another_number_of_devices(tmp_path, alone):
     folder = tmp_path / "moved"
     finish(launch("fsdp", folder, 8, steps=10))
     on_two_processes(folder, "data", steps=15)
     finish(launch("one", folder, 1))
-    np.testing.assert_allclose(losses(folder), losses(tmp_path / "one"), rtol=BOUND["sgd"])
+    np.testing.assert_allclose(losses(folder), alone, rtol=BOUND["sgd"])
 
 
-def test_a_tensor_group_over_two_processes_has_one_batch(tmp_path):
-    finish(launch("one", tmp_path / "one", 1))
+def test_a_tensor_group_over_two_processes_has_one_batch(tmp_path, alone):
     several = on_two_processes(tmp_path / "two", "tensor")
-    np.testing.assert_allclose(several, losses(tmp_path / "one"), rtol=BOUND["sgd"])
+    np.testing.assert_allclose(several, alone, rtol=BOUND["sgd"])
 
 
 @pytest.mark.parametrize(
@@ -119,15 +127,14 @@ def test_rows_shared_by_some_devices_of_a_process_are_refused(processes):
         _part(processes, 0)
 
 
-def test_sigterm_to_one_process_stops_both_at_the_same_step(tmp_path):
-    finish(launch("one", tmp_path / "one", 1))
+def test_sigterm_to_one_process_stops_both_at_the_same_step(tmp_path, alone):
     folder = tmp_path / "stopped"
     on_two_processes(folder, terminate_at=4)
     stopped = len(losses(folder))
     assert 4 <= stopped < 20
     assert (folder / "run" / str(stopped)).is_dir()
     on_two_processes(folder)
-    np.testing.assert_allclose(losses(folder), losses(tmp_path / "one"), rtol=BOUND["sgd"])
+    np.testing.assert_allclose(losses(folder), alone, rtol=BOUND["sgd"])
 
 
 PMAP = """

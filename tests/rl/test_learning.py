@@ -232,6 +232,11 @@ def test_hat_features_sum_to_one():
     action = jnp.linspace(-0.5, 1.5, 33)[:, None]
     hats = networks.action_features(action, 8)[:, 1:]
     np.testing.assert_allclose(jnp.sum(hats, axis=1), 1.0, rtol=1e-6)
+    # At its knots one hat is 1, half-way between two both are a half.
+    at_knots = networks.action_features(jnp.linspace(0.0, 1.0, 8)[:, None], 8)[:, 1:]
+    np.testing.assert_allclose(at_knots, np.eye(8), atol=1e-6)
+    between = networks.action_features(jnp.linspace(0.5 / 7, 6.5 / 7, 7)[:, None], 8)[:, 1:]
+    np.testing.assert_allclose(between, (np.eye(8)[:-1] + np.eye(8)[1:]) / 2, atol=1e-6)
 
 
 def test_moments_match_numpy():
@@ -270,6 +275,8 @@ def test_replay_keeps_groups_apart_and_frames_in_order():
         batch.action[..., 0], np.arange(3)[:, None, None] * np.ones((1, 32, length))
     )
     np.testing.assert_array_equal(batch.observation[:, :, 1], batch.successor[:, :, 0])
+    # One copy's: within a stretch numbers go up by one, or to the next eight, which start at its first again.
+    assert np.isin(batch.signal[:, :, 1] - batch.signal[:, :, 0], (1, -7)).all()
     assert batch.observation.min() >= 8.0  # 16 frames of each copy fit; the first 8 are gone
 
 

@@ -244,5 +244,7 @@ def test_measured_and_live_quality_agree(backbone, tmp_path):
         np.testing.assert_allclose(*both(steps, 0.0, 200.0), rtol=1e-4)
         # Another partition and other noise, much the same error.
         np.testing.assert_allclose(*both(steps, 0.9, 10.0), rtol=0.5)
+        # Noise alone.
+        np.testing.assert_allclose(*both(steps, 0.0, 10.0), rtol=0.3)
     assert both(4, 0.9, 10.0)[0] > both(4, 0.0, 200.0)[0]
     assert "0.9" in summary(table)

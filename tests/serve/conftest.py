@@ -67,7 +67,7 @@ def run(pipeline):
     from megjax.serve.service import Service
 
     def run(test, *, warm=True, generates=True, **config):
-        config = {"batch_sizes": (1, 2), **config}
+        config = {"batch_sizes": (1,), **config}
 
         @contextlib.asynccontextmanager
         async def serving():

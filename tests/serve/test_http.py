@@ -76,7 +76,7 @@ def test_info_tells_the_bounds(run):
     assert info["steps"] == [4, 9]
     assert info["ratio"] == [0.0, 0.9375]
     assert info["sizes"] == [[64, 64]]
-    assert info["batch_sizes"] == [1, 2]
+    assert info["batch_sizes"] == [1]
     assert info["policies"] == []
 
 

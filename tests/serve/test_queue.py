@@ -130,7 +130,7 @@ def test_what_waits_together_is_answered_as_if_alone(run, gate):
         server.service.batcher.seconds.update({1: 9.0})
         return opened.batches, answers, [await server.post(seed=seed) for seed in range(1, 5)]
 
-    batches, answers, alone = run(test)
+    batches, answers, alone = run(test, batch_sizes=(1, 2))
     assert batches[:3] == [[0], [1, 2], [3, 4]]
     assert [json.loads(a.headers["megjax-result"])["batch"] for a in answers] == [1, 2, 2, 2, 2]
     assert [a.content for a in answers[1:]] == [a.content for a in alone]

@@ -61,16 +61,21 @@ def test_sigterm_loses_nothing_and_slow_clients_are_cut_off(folder):
         http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60)
         with http:
             assert httpx.get(f"{url}/readyz").status_code == 401
-            assert httpx.get(f"{url}/healthz").status_code == 200
+            alive = httpx.get(f"{url}/healthz")
+            assert (alive.status_code, "server" in alive.headers) == (200, False)
             wait_until_ready(http)
-            answers, stopped = [], threading.Event()
+            answers, lost, stopped = [], [], threading.Event()
 
             def load(seed):
                 while not stopped.is_set():
+                    begun = time.monotonic()
                     try:
                         with httpx.Client(base_url=url, headers=http.headers, timeout=60) as client:
                             answers.append(client.post("/v1/generate", json={**BODY, "seed": seed}))
                     except httpx.ConnectError:
+                        return
+                    except httpx.HTTPError as error:
+                        lost.append((begun, error))
                         return
                     if answers[-1].status_code == 503:
                         return
@@ -88,11 +93,13 @@ def test_sigterm_loses_nothing_and_slow_clients_are_cut_off(folder):
                 thread.start()
             while len(answers) < 8:
                 time.sleep(0.01)
+            stopping = time.monotonic()
             process.send_signal(signal.SIGTERM)
             for thread in threads:
                 thread.join()
             stopped.set()
             assert process.wait(60) == 0
+        assert not [error for begun, error in lost if begun < stopping]
         assert {answer.status_code for answer in answers} <= {200, 503}
         for answer in answers:
             if answer.status_code == 200:

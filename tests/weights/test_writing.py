@@ -115,6 +115,7 @@ def test_an_interrupted_save_never_mixes_two_models(tmp_path, monkeypatch, befor
         else:
             assert same(loaded, new if done else old) or same(loaded, new)
         if done:
+            assert steps > 0, "it changed the folder in no step that could be stopped"
             return
     pytest.fail("the save never ended")
 
