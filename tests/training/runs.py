@@ -1,5 +1,6 @@
 """A run so small that tests can start it often: a noisy quadratic; its weights tell a wrong key or batch."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -40,11 +41,16 @@ def start():
     return init_state({"x": jnp.arange(3.0), "y": jnp.ones((40, 5))}, OPTIMIZER)
 
 
+@functools.cache  # so that `jax.jit` knows it again
+def step_of(loss):
+    return make_step(loss, OPTIMIZER, 0.9)
+
+
 def run(folder: Path, steps: int, **kwargs):
     folder.mkdir(parents=True, exist_ok=True)
     kwargs.setdefault("batches", Counting())
     given = {"key": KEY, "every": 3, "checkpoint_every": 2, **kwargs}
-    step = given.pop("step", None) or make_step(given.pop("loss", loss), OPTIMIZER, 0.9)
+    step = given.pop("step", None) or step_of(given.pop("loss", loss))
     return fit(step, start(), steps=steps, folder=folder, name="run", **given)
 
 
