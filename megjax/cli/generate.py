@@ -22,8 +22,9 @@ from megjax.errors import MegError
 from megjax.link import channel, profiles
 from megjax.link.cost import FrameCost, calls_per_step, frame_cost
 from megjax.link.counts import largest_ratio
-from megjax.link.features import PSNR_DB, FeatureRules, psnr_from_snr
+from megjax.link.features import FeatureRules, psnr_from_snr
 from megjax.link.payload import rounds_of
+from megjax.merging import token_grid
 from megjax.models import Options
 from megjax.pipeline import Generated, Pipeline, Request, check, generate, generate_each, load_pipeline
 from megjax.pipeline.generate import MAX_RATIO, check_values
@@ -36,8 +37,6 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 DEFAULT_STEPS, DEFAULT_RATIO = 8, 0.4
 GRID_STEPS = (4, 6, 8, 12)
 GRID_RATIOS = (0.0, 0.2, 0.4, 0.6, 0.8)
-PAPER_RATIO = largest_ratio((2, 2), rounds_of("paper"))
-"""Past it the paper's one round merges no more, whatever the grid."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +56,8 @@ class Generate:
     steps: int | None = None
     """Denoising steps T; 8 if not given."""
     ratio: float | None = None
-    """Merging ratio r, from 0 to 15/16, 0.4 if not given; the rules `paper` clip what is above 3/4 to it."""
+    """Merging ratio r, from 0 to 15/16, 0.4 if not given; the rules `paper` merge 3/4 at most, on odd grids
+    more."""
     psnr_db: float | None = None
     """Signal-to-noise ratio of the features on the channel, inf is a perfect one; if not given, 10, under the
     rules `paper` 20, the authors' deviation of 0.1."""
@@ -123,7 +123,7 @@ def generate_command(args: tyro.conf.OmitArgPrefixes[Generate]) -> None:
         negative_prompt=args.negative_prompt,
         steps=steps,
         ratio=ratio,
-        psnr_db=_psnr_db(args, snr),
+        psnr_db=float(psnr_from_snr(snr)) if args.tie_psnr else args.psnr_db,
         guidance=args.guidance,
         seed=args.seed,
         rules=args.rules,
@@ -136,8 +136,6 @@ def generate_command(args: tyro.conf.OmitArgPrefixes[Generate]) -> None:
     profile = profiles.load(args.profile)
     # What needs no model, before one is loaded.
     check_values(request)
-    if args.rules == "paper":
-        request = dataclasses.replace(request, ratio=min(request.ratio, PAPER_RATIO))
     picture = None if args.init_image is None else _read_picture(args.init_image)
     console = Console(stderr=True)
     columns = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()]
@@ -155,9 +153,12 @@ def generate_command(args: tyro.conf.OmitArgPrefixes[Generate]) -> None:
         check(dataclasses.replace(request, steps=drawn[0]), pipeline)
         size = request.height or pipeline.image_size, request.width or pipeline.image_size
         start = None if picture is None else _fitted(picture, size)
+        grid = token_grid(*(side // pipeline.vae_decoder.config.downsampling for side in size))
+        most = largest_ratio(grid, rounds_of(args.rules))  # what more asks for is not merged
+        request = dataclasses.replace(request, ratio=min(ratio, most))
         if args.grid:
             requests = [
-                dataclasses.replace(request, steps=steps, ratio=ratio)
+                dataclasses.replace(request, steps=steps, ratio=min(ratio, most))
                 for steps in drawn
                 for ratio in GRID_RATIOS
             ]
@@ -193,13 +194,6 @@ def _link_snr(args: Generate) -> jax.Array:
     if not 1 <= args.distance_m <= 1e5:
         raise MegError(f"distance_m {args.distance_m}: from 1 to 100000 m are allowed")
     return channel.snr(args.distance_m)
-
-
-def _psnr_db(args: Generate, snr: jax.Array) -> float:
-    """Return the features' signal-to-noise ratio in force."""
-    if args.tie_psnr:
-        return float(psnr_from_snr(snr))
-    return PSNR_DB[args.rules] if args.psnr_db is None else args.psnr_db
 
 
 def _grid_steps(pipeline: Pipeline, sampler: Sampler | None) -> tuple[int, ...]:

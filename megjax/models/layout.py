@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,17 +17,29 @@ from megjax.models.network import Network, Options, network
 _BLOCKS = 2
 
 
+class LayoutConfig(NamedTuple):
+    """Sizes of the head.
+
+    Args:
+        unet: that reads the same embeddings.
+        pooled_size: values of a pooled embedding.
+    """
+
+    unet: UNetConfig
+    pooled_size: int
+
+
 class _Layout(nnx.Module):
     """A learned query a cell asks the caption what is there, as the U-Net's pixels do when all is noise."""
 
-    def __init__(self, config: UNetConfig, pooled_size: int, options: Options, *, rngs: nnx.Rngs):
-        self.side, dim = config.sample_size // 2, config.cross_attention_dim
+    def __init__(self, config: LayoutConfig, options: Options, *, rngs: nnx.Rngs):
+        self.side, dim = config.unet.sample_size // 2, config.unet.cross_attention_dim
         self.queries = nnx.Param(jax.random.normal(rngs.params(), (self.side**2, dim)))
-        self.pooled = linear(pooled_size, dim, options, rngs=rngs)
+        self.pooled = linear(config.pooled_size, dim, options, rngs=rngs)
         self.blocks = nnx.List(
             [TransformerBlock(dim, dim, 4, options, rngs=rngs) for _ in range(_BLOCKS)],
         )
-        self.out = linear(dim, config.in_channels, options, rngs=rngs)
+        self.out = linear(dim, config.unet.in_channels, options, rngs=rngs)
 
     def __call__(
         self, context_BxSxE: Float[Array, "B S E"], pooled_BxP: Float[Array, "B P"]
@@ -45,6 +59,4 @@ def layout(config: UNetConfig, pooled_size: int, options: Options | None = None)
         options: dtypes.
     """
     options = options or Options(dtype=jnp.float32)
-    return network(
-        lambda config, options, rngs: _Layout(config, pooled_size, options, rngs=rngs), config, options
-    )
+    return network(_Layout, LayoutConfig(config, pooled_size), options)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from megjax.checks import LARGEST_SEED, within
 from megjax.errors import MegError
 from megjax.link.cost import calls_per_step
-from megjax.link.features import FeatureRules
+from megjax.link.features import PSNR_DB, FeatureRules
 from megjax.link.payload import payload_bits
 from megjax.merging import token_grid
 from megjax.models import Params
@@ -53,7 +53,7 @@ class Request:
         negative_prompt: what guidance leads away from.
         steps: denoising steps T.
         ratio: merging ratio r.
-        psnr_db: of the features on the channel; `inf` is a perfect one.
+        psnr_db: of the features on the channel; `inf` is a perfect one, None the rules' own (`PSNR_DB`).
         guidance: of classifier-free guidance.
         seed: of the noise, the partition and the channel.
         rules: `default`, or `paper` for the authors' noise and layout.
@@ -68,7 +68,7 @@ class Request:
     negative_prompt: str = ""
     steps: int = 8
     ratio: float = 0.4
-    psnr_db: float = 10.0
+    psnr_db: float | None = None
     guidance: float = 2.5
     seed: int = 0
     rules: FeatureRules = "default"
@@ -77,6 +77,11 @@ class Request:
     strength: float = 0.6
     height: int | None = None
     width: int | None = None
+
+    @property
+    def feature_psnr_db(self) -> float:
+        """The noise level in force."""
+        return PSNR_DB[self.rules] if self.psnr_db is None else self.psnr_db
 
 
 class Generated(NamedTuple):
@@ -100,7 +105,7 @@ class Generated(NamedTuple):
 
 
 def check_values(request: Request) -> None:
-    """Refuse what no model can generate.
+    """Refuse what can be told without a model.
 
     Raises:
         MegError: naming the value and what is allowed.
@@ -116,7 +121,7 @@ def check_values(request: Request) -> None:
     limit = MAX_RATIO[request.rules]
     if not 0 <= request.ratio <= limit:
         raise MegError(f"ratio {request.ratio}: from 0 to {limit} are allowed")
-    if not request.psnr_db >= -100:
+    if not request.feature_psnr_db >= -100:
         raise MegError(f"psnr_db {request.psnr_db}: from -100 dB to inf, a perfect channel, are allowed")
     if not math.isfinite(request.guidance) or request.guidance < 0:
         raise MegError(f"guidance {request.guidance}: finite numbers from 0 on are allowed")
@@ -227,12 +232,13 @@ def generate_each(
     for request, payload in zip(requests, bits, strict=True):
         z_1xHxWxC = latents(request.steps, request.tome_ratio)
         on_stage("channel")
-        received = send(key_link, z_1xHxWxC, request.ratio, request.psnr_db, rules=request.rules, unit=unit)
+        psnr_db = request.feature_psnr_db
+        received = send(key_link, z_1xHxWxC, request.ratio, psnr_db, rules=request.rules, unit=unit)
         on_stage("VAE decoder")
         image = _picture(pipeline, pipeline.device_decoder, received.z_BxHxWxC)
         mse = float(np.mean(np.square(image - reference), dtype=np.float64))
-        psnr_db = -10 * math.log10(mse) if mse else math.inf
-        yield Generated(image, reference, int(received.tokens_B[0]), int(payload), mse, psnr_db)
+        found_db = -10 * math.log10(mse) if mse else math.inf
+        yield Generated(image, reference, int(received.tokens_B[0]), int(payload), mse, found_db)
 
 
 def _size(pipeline: Pipeline, request: Request) -> tuple[int, int]:

@@ -80,7 +80,7 @@ def tables(
         MegError: fading without a weakest SNR, under which no mean latency exists.
     """
     link = params.link
-    if link.fading != "none" and not np.isfinite(np.asarray(link.min_snr_db)):
+    if link.fading != "none" and np.all(np.asarray(link.min_snr_db) == -np.inf):
         raise MegError(
             f"fading {link.fading} with min_snr_db {link.min_snr_db}: the deepest fades make the mean "
             "latency infinite; give the link the weakest SNR that is sent at, as LinkParams(min_snr_db=-10)"

@@ -59,7 +59,7 @@ def test_writes_the_picture_and_prints_what_it_cost(run, tmp_path):
 
 def test_features_may_meet_the_links_noise(run, monkeypatch):
     def stop(pipeline, request, start, on_stage):
-        raise MegError(f"asked for {request.psnr_db:.3f} dB")
+        raise MegError(f"asked for {request.feature_psnr_db:.3f} dB")
 
     monkeypatch.setattr(command, "generate", stop)
     for args, psnr_db in (
@@ -96,6 +96,11 @@ def test_the_papers_ratio_is_told_as_it_is_used(run):
     code, out, _ = run("a red circle", "--steps", "2", "--ratio", "0.9", *PAPER)
     assert not code
     assert "2 steps, ratio 0.75" in out
+    # An odd grid has one token more to each that stays.
+    odd = "--height", "72", "--width", "72"
+    _, out, _ = run("a red circle", "--steps", "2", "--ratio", "0.9", *odd, *PAPER)
+    assert "2 steps, ratio 0.802" in out
+    assert "5136 bits" in out
 
 
 @pytest.mark.parametrize(("windows", "steps"), [(1, (4, 6, 8, 12)), (7, (8, 12)), (13, (13,))])
