@@ -14,7 +14,7 @@ from eval.suite.context import Context, get
 from eval.suite.measure import pictures
 from eval.suite.numbers import Interval, Record, interval, number, ratio
 from eval.suite.paper import TABLE_II
-from eval.suite.physical import SDXL_PICTURE
+from eval.suite.physical import SDXL_LATENT
 from eval.suite.policies import LEARNERS, Learner, problem, training
 from eval.suite.timing import timings
 
@@ -416,7 +416,7 @@ def untestable(context: Context) -> list[Claim]:
             "no attack on features is measured",
         ),
     ]
-    if context.pipeline.image_size < SDXL_PICTURE[0]:
+    if context.sample_size < SDXL_LATENT[0]:
         why = f"the pictures are {context.config.model}'s; run the preset sdxl"
         never.insert(0, ("The same quality holds for SDXL's pictures at 1024 × 1024", "V-B1", why))
     return [Claim(text, where, [], why, "not testable here") for text, where, why in never]

@@ -25,7 +25,7 @@ from megjax import weights
 from megjax.data.grammar import captions
 from megjax.data.scenes import sample_scenes
 from megjax.errors import MegError
-from megjax.models import Options
+from megjax.models import Options, UNetConfig, from_dict
 from megjax.pipeline.load import EMBEDDED, GATE, Pipeline, load_pipeline
 from megjax.pipeline.split import condition
 from megjax.text import tokenize
@@ -98,6 +98,12 @@ class Context:
     def root(self) -> Path:
         """The model's folder."""
         return weights.open_folder(EMBEDDED.get(self.config.model, self.config.model)).path
+
+    @property
+    def sample_size(self) -> int:
+        """Side of the model's latents, from its config alone."""
+        folder = weights.open_folder(self.root)
+        return from_dict(UNetConfig, folder.configs["unet"], origin=str(self.root / "unet")).sample_size
 
     @functools.cached_property
     def weights(self) -> str:

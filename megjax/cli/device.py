@@ -160,8 +160,6 @@ def _request(client: ModuleType, args: Device) -> PictureRequest:
         args.prompt,
         negative_prompt=args.negative_prompt,
         seed=args.seed,
-        height=args.height,
-        width=args.width,
         steps=steps,
         ratio=ratio,
         limits=None if limits is None else (limits[0], 1000.0 * limits[1]),

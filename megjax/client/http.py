@@ -230,8 +230,10 @@ async def _once(
             message, bits, seconds = await _collect(pieces, most_bytes, clock)
             done = clock()
     except httpx.ReadTimeout:
-        longer = "; to wait longer, give a deadline that the server allows" if not request.deadline_s else ""
-        raise _Again(f"{http.base_url} says nothing for {timeout.read:g} s{longer}") from None
+        said = f"{http.base_url} says nothing for {timeout.read:g} s"
+        if request.deadline_s is None:
+            said += "; to wait longer, give a deadline that the server allows"
+        raise _Again(said) from None
     except httpx.TransportError as error:
         reason = printable(str(error)) or type(error).__name__
         raise _Again(f"cannot get a message from {http.base_url}: {reason}") from None

@@ -32,9 +32,9 @@ class MegEnv(gymnasium.Env):
         self.observation_space, self.action_space = _spaces(self._env)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        """Start an episode; a seed makes this and all that follows repeatable, else the first draws one."""
+        """Start an episode; a seed makes this and all that follows repeatable."""
         super().reset(seed=seed)
-        self._key, key = _keys(self, self._key, seed)
+        self._key, key = _split(_drawn_key(self.np_random))
         observation, self._state = self._reset(key, self._params)
         return np.asarray(observation), {}
 
@@ -87,7 +87,7 @@ class MegVectorEnv(gymnasium.vector.VectorEnv):
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """Start every copy's episode; seeds as in `MegEnv.reset`."""
         super().reset(seed=seed)
-        self._key, key = _keys(self, self._key, seed)
+        self._key, key = _split(_drawn_key(self.np_random))
         observation, self._state = self._reset(key)
         return np.asarray(observation), {}
 
@@ -114,13 +114,9 @@ class MegVectorEnv(gymnasium.vector.VectorEnv):
         return np.asarray(observation), np.asarray(reward), *ends, infos
 
 
-def _keys(
-    env: gymnasium.Env | gymnasium.vector.VectorEnv, key: jax.Array | None, seed: int | None
-) -> tuple[jax.Array, jax.Array]:
-    """Return the key to go on with and that of a reset."""
-    if seed is None and key is None:
-        seed = int(env.np_random.integers(2**31))
-    return _split(key if seed is None else jax.random.key(seed))
+def _drawn_key(rng: np.random.Generator) -> jax.Array:
+    """Return an episode's key from gymnasium's generator, which without a seed has its own entropy."""
+    return jax.random.key(int(rng.integers(2**31)))
 
 
 def _split(key: jax.Array | None) -> tuple[jax.Array, jax.Array]:

@@ -52,7 +52,7 @@ def table(results, name):
     return {row["label"]: row["cells"] for row in tables[0]["rows"]}
 
 
-def test_everything_is_written_and_a_second_run_computes_nothing(config, results):
+def test_everything_is_written_and_a_second_run_computes_nothing(config, results, monkeypatch):
     assert list(results["items"]) == list(ITEMS)
     for item in results["items"].values():
         for figure in item["figures"]:
@@ -68,9 +68,10 @@ def test_everything_is_written_and_a_second_run_computes_nothing(config, results
     for record in results["stages"].values():
         assert {"settings", "device", "versions", "seconds", "finished", "key"} <= set(record)
 
-    computed = []
+    computed, loaded = [], []
+    monkeypatch.setattr("eval.suite.context.load_pipeline", lambda *args: loaded.append(args))
     run(config, on_stage=computed.append, say=lambda text: None)
-    assert computed == []
+    assert computed == loaded == []
     assert json.loads((config.out / "results.json").read_text()) == results
 
 

@@ -110,16 +110,7 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture
-def compilation_cache(tmp_path, quick_compilation):
-    """Let the calls of one test share their compiled programs."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-
-
-def test_interrupted_training_resumes_to_the_same_policy(tmp_path, monkeypatch, compilation_cache, table):
+def test_interrupted_training_resumes_to_the_same_policy(tmp_path, monkeypatch, quick_compilation, table):
     """A conditioned run: two limits, each with its own dual."""
     limits = ((2.3, 1.8), (4.0, 1.8))
     config = PolicyRunConfig(
