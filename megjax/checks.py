@@ -13,7 +13,7 @@ LARGEST_SEED = 2**32 - 1
 
 
 def within(config: Any, low: int | float, high: int | float, *names: str) -> None:
-    """Refuse fields that are not finite numbers from `low` to `high`; None and every item of a tuple count.
+    """Refuse fields that are not finite numbers from `low` to `high`; None passes, of a tuple each item must.
 
     Args:
         config: a dataclass.
@@ -33,7 +33,7 @@ def within(config: Any, low: int | float, high: int | float, *names: str) -> Non
 
 
 def above(config: Any, low: int | float, *names: str) -> None:
-    """Refuse fields that are not finite numbers above `low`; None is left out.
+    """Refuse fields that are not finite numbers above `low`; None passes.
 
     Raises:
         MegError: for the first that is not allowed.

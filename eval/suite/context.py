@@ -26,7 +26,7 @@ from megjax.data.grammar import captions
 from megjax.data.scenes import sample_scenes
 from megjax.errors import MegError
 from megjax.models import Options, UNetConfig, from_dict
-from megjax.pipeline.load import EMBEDDED, GATE, Pipeline, load_pipeline
+from megjax.pipeline.load import GATE, Pipeline, load_pipeline, open_backbone
 from megjax.pipeline.split import condition
 from megjax.text import tokenize
 
@@ -97,7 +97,7 @@ class Context:
     @functools.cached_property
     def root(self) -> Path:
         """The model's folder."""
-        return weights.open_folder(EMBEDDED.get(self.config.model, self.config.model)).path
+        return open_backbone(self.config.model).path
 
     @property
     def sample_size(self) -> int:

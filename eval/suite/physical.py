@@ -109,7 +109,7 @@ def costs(
 ) -> dict[str, Float[np.ndarray, " P"]]:
     """Return every part of the latency and energy of frames over their channels, Eqs. (1)-(7)."""
     rate_bps = np.asarray(channel.rate_bps(jnp.asarray(snr_P)), np.float64)
-    power_w = float(channel.from_db(DEFAULT_LINK.tx_power_dbm - 30.0))
+    power_w = float(channel.tx_power_w())
     given = jnp.asarray(steps), jnp.asarray(bits, float), jnp.asarray(rate_bps)
     found: FrameCost = frame_cost(computation, *given, power_w)
     return {k: np.broadcast_to(np.asarray(v, np.float64), snr_P.shape) for k, v in found._asdict().items()}

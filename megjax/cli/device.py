@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from PIL import Image
@@ -20,15 +19,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from megjax.checks import LARGEST_SEED, within
-from megjax.cli.output import engineering, png_output, save, to_uint8
+from megjax.cli.output import engineering, png_output, save
+from megjax.data.pictures import to_uint8
 from megjax.errors import MegError
+from megjax.link.wire import WireDtype
 from megjax.models import Options
 from megjax.pipeline.device import load_device
 
 if TYPE_CHECKING:
     from megjax.client import Answer, Channel, PictureRequest
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Device:
     """Of the picture in pixels; the model's own if not given, whatever the server's."""
     width: int | None = None
     """Likewise."""
-    features: Literal["float16", "bfloat16", "int8"] = "float16"
+    features: WireDtype = "float16"
     """How the features travel."""
     emulate: Literal["paper"] | None = None
     """Receive through an emulated channel: its rate, noise on the features, latency."""
@@ -109,7 +108,7 @@ def device_command(args: tyro.conf.OmitArgPrefixes[Device]) -> None:
     http = client.connect(args.server, args.token or os.environ.get("MEGJAX_TOKEN") or None)
     console = Console(stderr=True)
     with console.status("loading the decoder") as status:
-        options = Options(DTYPES[args.dtype], DTYPES[args.dtype])
+        options = Options(dtype=args.dtype, param_dtype=args.dtype)
         device = load_device(args.model, options, decoder=args.decoder, size=size)
         request = dataclasses.replace(request, height=device.size[0], width=device.size[1])
         show = client.viewer(device)

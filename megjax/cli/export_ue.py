@@ -12,8 +12,9 @@ from rich.console import Console
 
 from megjax.errors import MegError
 from megjax.files import writable, write_file
+from megjax.merging import Layout, carried_shapes
 from megjax.models import Options
-from megjax.pipeline.device import carried_shapes, export_device, load_device, picture_mse, token_grid
+from megjax.pipeline.device import export_device, load_device, picture_mse, token_grid
 from megjax.pipeline.int8 import quantised
 
 
@@ -33,7 +34,7 @@ class ExportUe:
     """A distilled decoder by its name (`meg`), or `vae`; the model's own choice if not given."""
     platforms: tuple[Literal["cpu", "cuda", "tpu"], ...] = ("cpu", "cuda", "tpu")
     """That it is to run on."""
-    layout: Literal["patch", "strip"] = "patch"
+    layout: Layout = "patch"
     """How tokens make up the latent; `strip` is the paper's."""
     height: int | None = None
     """Of the pictures in pixels; the model's own if not given."""

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from PIL import Image, ImageDraw, ImageOps
@@ -16,8 +15,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from megjax.cli.output import engineering, png_output, save, to_uint8
-from megjax.data.pictures import upright_rgb
+from megjax.cli.output import engineering, png_output, save
+from megjax.data.pictures import to_uint8, upright_rgb
 from megjax.errors import MegError
 from megjax.link import channel, profiles
 from megjax.link.cost import FrameCost, calls_per_step, frame_cost
@@ -27,12 +26,10 @@ from megjax.link.payload import rounds_of
 from megjax.merging import token_grid
 from megjax.models import Options
 from megjax.pipeline import Generated, Pipeline, Request, check, generate, generate_each, load_pipeline
-from megjax.pipeline.generate import MAX_RATIO, check_values
+from megjax.pipeline.generate import MAX_RATIO, check_values, picture_size
 from megjax.pipeline.split import Sampler, fewest_steps, steps_run
 from megjax.pipeline.workload import workload
 from megjax.rl.policy import act, load_policy
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 DEFAULT_STEPS, DEFAULT_RATIO = 8, 0.4
 GRID_STEPS = (4, 6, 8, 12)
@@ -147,11 +144,11 @@ def generate_command(args: tyro.conf.OmitArgPrefixes[Generate]) -> None:
         def stage(name: str) -> None:
             progress.update(task, description=name)
 
-        options = Options(dtype=DTYPES[args.dtype], param_dtype=DTYPES[args.dtype])
+        options = Options(dtype=args.dtype, param_dtype=args.dtype)
         pipeline = load_pipeline(args.model, options, on_part=lambda part: stage(f"loading {part}"))
         drawn = _grid_steps(pipeline, args.sampler) if args.grid else (steps,)
         check(dataclasses.replace(request, steps=drawn[0]), pipeline)
-        size = request.height or pipeline.image_size, request.width or pipeline.image_size
+        size = picture_size(pipeline, request)
         start = None if picture is None else _fitted(picture, size)
         grid = token_grid(*(side // pipeline.vae_decoder.config.downsampling for side in size))
         most = largest_ratio(grid, rounds_of(args.rules))  # what more asks for is not merged
@@ -179,7 +176,7 @@ def generate_command(args: tyro.conf.OmitArgPrefixes[Generate]) -> None:
             int(steps_run(steps, args.strength if start is not None else 1.0)),
             result.payload_bits,
             rate_bps,
-            float(channel.from_db(channel.DEFAULT_LINK.tx_power_dbm - 30.0)),
+            float(channel.tx_power_w()),
         )
     save(output, Image.fromarray(to_uint8(result.image_HxWx3)))
     Console().print(_table(request, args.profile, result, cost, float(rate_bps), output))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from megjax.errors import MegError
@@ -27,11 +26,6 @@ def save(path: Path, picture: Image.Image) -> None:
     """Write a whole PNG."""
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG")
-
-
-def to_uint8(image: np.ndarray) -> np.ndarray:
-    """Round a picture in [0, 1] to 8 bits."""
-    return np.round(image * 255).astype(np.uint8)
 
 
 def engineering(value: float, unit: str) -> str:

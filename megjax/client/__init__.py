@@ -3,7 +3,7 @@
 from megjax.client.channel import Channel, Throughput, emulated
 from megjax.client.http import Answer, PictureRequest, connect, fetch
 from megjax.client.memory import recall, remember
-from megjax.client.picture import largest_message_bytes, silence, viewer
+from megjax.pipeline.viewer import largest_message_bytes, silence, viewer
 
 __all__ = [
     "Answer",

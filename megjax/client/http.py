@@ -19,10 +19,8 @@ import numpy as np
 
 from megjax.client.channel import NOTHING_KNOWN, Channel, Clock, Sleep, Throughput, observed, paced
 from megjax.errors import MegError
-from megjax.link.wire import HEADER_BYTES, decode
+from megjax.link.wire import HEADER_BYTES, MEDIA_TYPE, RESULT_HEADER, decode
 
-MEDIA_TYPE = "application/vnd.megjax.message"
-RESULT_HEADER = "MegJAX-Result"
 JSON = {"Content-Type": "application/json"}
 ERROR_BYTES = 65536
 """More of an error's body is not read."""
@@ -188,7 +186,7 @@ async def fetch(
                 http, request, body, most_bytes, channel, throughput, tries, begun - start, clock, sleep
             )
         except _Again as again:
-            backoff_s = min(0.25 * 2.0 ** (tries - 1), 5.0) if tries < 8 else 5.0
+            backoff_s = min(0.25 * 2.0 ** min(tries - 1, 5), 5.0)
             wait_s = again.after_s if again.after_s is not None else backoff_s
             # Clients that failed together must not come back together.
             wait_s = max(wait_s, 0.05) * (1 + 0.5 * random.random())

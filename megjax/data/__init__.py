@@ -1,1 +1,1 @@
-"""Procedural data: the captioned pictures `scenes`."""
+"""Captioned pictures: the procedural `scenes`, folders, the hub; crops of photographs."""

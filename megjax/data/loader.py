@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 
 from megjax.checks import within
 from megjax.data.grammar import captions
-from megjax.data.pictures import upright_rgb
+from megjax.data.pictures import to_uint8, upright_rgb
 from megjax.data.render import render
 from megjax.data.scenes import sample_scenes
 from megjax.errors import MegError
@@ -138,7 +138,7 @@ def _scenes(config: DataConfig, size: int) -> Read:
     def drawn(number: int) -> tuple[np.ndarray, list[str]]:
         scenes = sample_scenes(jax.random.fold_in(key, number), SCENE_BATCH, two_objects=config.two_objects)
         pixels = np.asarray(render(scenes, size))
-        return np.round(pixels * 255).astype(np.uint8), captions(scenes)
+        return to_uint8(pixels), captions(scenes)
 
     def one(i: int) -> Example:
         images, texts = drawn(i // SCENE_BATCH)
@@ -236,6 +236,9 @@ def _of_row(row: Mapping[str, Any], name: str, config: DataConfig, size: int) ->
 
     def contents() -> bytes:
         if isinstance(value, str):
+            # Python would open `file:` too, and with it this machine's own files.
+            if not value.lower().startswith(("http://", "https://")):
+                raise MegError("only http and https addresses are fetched")
             # Some servers refuse a client without a name.
             request = urllib.request.Request(value, headers={"User-Agent": "megjax"})
             with urllib.request.urlopen(request, timeout=FETCH_SECONDS) as answer:

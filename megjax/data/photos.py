@@ -22,14 +22,12 @@ def load_photos(names: tuple[str, ...] = TRAIN) -> list[np.ndarray]:
     """Read photographs of the installed scikit-image as (H, W, 3) uint8; no download.
 
     Raises:
-        MegError: if scikit-image is not installed, or a version without these photographs.
+        MegError: if the installed version has not these photographs.
     """
-    spec = importlib.util.find_spec("skimage")
-    if spec is None or spec.origin is None:
-        raise MegError("scikit-image is not installed; `pip install 'megjax[pretrain]'`")
-    folder = Path(spec.origin).parent / "data"
+    # Found without an import, which takes a second.
+    folder = Path(importlib.util.find_spec("skimage").origin).parent / "data"  # pyright: ignore
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise MegError(f"{folder / missing[0]}: not in this scikit-image; `pip install 'megjax[pretrain]'`")
+        raise MegError(f"{folder / missing[0]}: not in this scikit-image; `pip install -U scikit-image`")
     return [np.asarray(Image.open(folder / name).convert("RGB")) for name in names]
 
 

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
+
+
+def to_uint8(image: Float[np.ndarray, "*s"]) -> UInt8[np.ndarray, "*s"]:
+    """Round pictures in [0, 1] to 8 bits; what lies outside is clipped, as a sampler's raw pictures may."""
+    return np.round(np.clip(image, 0.0, 1.0) * 255).astype(np.uint8)
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from megjax.diffusion.ddim import Denoise, Schedule
@@ -117,7 +118,7 @@ def velocity(
     kind: Parametrisation = "ddim_eps",
     windows: int = WINDOWS,
 ) -> Float[Array, "B H W C"]:
-    """dz/dt of the student's flow at t, Eq. (11); t in (0, 1], 1 is noise.
+    """dz/dt of the student's flow at a timestep, Eq. (11), in units of time: t = 1 is noise.
 
     Args:
         sched: the schedule.
@@ -221,7 +222,7 @@ def perflow(
     """
     if kind not in get_args(Parametrisation):
         raise MegError(f"parametrisation {kind!r}: choose from {', '.join(get_args(Parametrisation))}")
-    if isinstance(steps, int) and steps < windows:
+    if isinstance(steps, (int, np.integer)) and steps < windows:
         raise MegError(f"steps {steps}: a flow of {windows} windows needs at least {windows}")
 
     def body(i: Array, z: Array) -> Array:

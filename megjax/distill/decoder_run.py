@@ -38,7 +38,7 @@ from megjax.errors import MegError
 from megjax.files import writable_folder
 from megjax.link.features import FeatureRules
 from megjax.models import Network, Options, Params, VAEConfig, read, vae_decoder
-from megjax.pipeline.load import DECODERS, Pipeline, load_pipeline, read_gate, release
+from megjax.pipeline.load import DECODERS, GATE_FILE, Pipeline, load_pipeline, read_gate, release
 from megjax.pipeline.split import noise_unit
 from megjax.training.checkpoints import claim
 from megjax.training.logs import Report, Work, counted_work
@@ -57,8 +57,6 @@ from megjax.training.step import Loss, Metrics, Step, TrainState, init_state, ma
 
 Method: TypeAlias = Literal["meg", "split_finetune", "pruning", "magnitude_pruning"]
 """What happens on the air: merging, noise alone, the variational gate, or the largest scalars alone."""
-
-GATE = "gate.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,7 +292,7 @@ def train_decoder(config: DecoderConfig) -> Path:
     if "gate" in state.ema:
         gathered = on_every_process(state.ema["gate"])
         gate = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(gathered).items()}
-        extra[GATE] = save(gate)
+        extra[GATE_FILE] = save(gate)
     save_weights(folder, program.decoder, state.ema["decoder"], extra=extra)
     together("exported")
     return folder
@@ -323,8 +321,8 @@ def load_decoder(folder: Path) -> tuple[Network, Params, Params | None]:
     config = read(VAEConfig, folder / "config.json")
     decoder = vae_decoder(config)
     gate = None
-    if (folder / GATE).is_file():
-        gate = read_gate(folder / GATE)
+    if (folder / GATE_FILE).is_file():
+        gate = read_gate(folder / GATE_FILE)
     return decoder, weights.load(folder, decoder.shapes, dtype=jnp.float32), gate
 
 

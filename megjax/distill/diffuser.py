@@ -31,7 +31,7 @@ from megjax.errors import MegError
 from megjax.files import writable_folder
 from megjax.models import Network, Options, Params, time_ids, unet
 from megjax.models.attention import IMPLEMENTATIONS
-from megjax.pipeline.load import EMBEDDED, STUDENT, Pipeline, load_pipeline, release
+from megjax.pipeline.load import STUDENT, Pipeline, load_pipeline, open_backbone, release
 from megjax.pipeline.split import condition
 from megjax.training.checkpoints import claim
 from megjax.training.logs import Report, Work, counted_work
@@ -523,7 +523,7 @@ def _export(config: DiffuserConfig, pipeline: Pipeline, student: Params, teacher
     save_weights(part, pipeline.unet, student, extra=flow)
     save_weights(config.folder / "unet_delta", pipeline.unet, delta(student, teacher), extra=flow)
     if jax.process_index() == 0:
-        source = weights.open_folder(EMBEDDED.get(config.model, config.model)).path
+        source = open_backbone(config.model).path
         copy_backbone(source, model, {STUDENT: part})
     together("exported")
     return model

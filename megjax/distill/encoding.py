@@ -15,12 +15,12 @@ from jaxtyping import Array, Int
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megjax import weights
 from megjax.data.loader import Broken, DataConfig, Example, data_key, open_pictures
+from megjax.data.pictures import to_uint8
 from megjax.diffusion import Conditioning
 from megjax.distill.cache import Block, Cache, cached, fingerprint
 from megjax.errors import MegError
-from megjax.pipeline.load import EMBEDDED, Pipeline
+from megjax.pipeline.load import STUDENT, Pipeline, open_backbone
 from megjax.pipeline.split import condition, decode, denoise, encode, unet_params
 from megjax.training.logs import SPEED_OVER_S
 from megjax.training.sharding import batch_sharding, make_mesh, replicated
@@ -148,7 +148,7 @@ def sampled_latents(
             "picture": _bytes("picture", np.asarray(picture)),
         }
 
-    parts = (*ENCODERS, "scheduler", "unet_student" if sampler == "perflow" else "unet")
+    parts = (*ENCODERS, "scheduler", STUDENT if sampler == "perflow" else "unet")
     key = {"kind": "samples", "preset": dict(preset), "model": model_key(pipeline, parts)}
     key |= {"sampler": sampler, "guidance": guidance, "seed": seed, "steps": numbers_of_steps}
     return _build(pipeline, folder, key, data, batch, arrays)
@@ -156,7 +156,7 @@ def sampled_latents(
 
 def model_key(pipeline: Pipeline, parts: Sequence[str]) -> dict[str, str]:
     """Fingerprints of a backbone's parts."""
-    path = weights.open_folder(EMBEDDED.get(pipeline.name, pipeline.name)).path
+    path = open_backbone(pipeline.name).path
     return {part: fingerprint(path / part) for part in parts if (path / part).is_dir()}
 
 
@@ -236,7 +236,7 @@ def stored(name: str, array: np.ndarray) -> np.ndarray:
 
 def _bytes(name: str, array: np.ndarray) -> np.ndarray:
     """What lies in [0, 1], in bytes, where a NaN would be a 0."""
-    return np.round(_finite(name, array) * 255).astype(np.uint8)
+    return to_uint8(_finite(name, array))
 
 
 def _finite(name: str, array: np.ndarray) -> np.ndarray:

@@ -59,6 +59,11 @@ DEFAULT_LINK = LinkParams()
 _NEPERS_PER_DB = np.log(10.0).item() / 10.0
 
 
+def tx_power_w(params: LinkParams = DEFAULT_LINK) -> Float[Array, ""]:
+    """Return the transmit power in watts."""
+    return from_db(params.tx_power_dbm - 30.0)
+
+
 def path_loss_db(distance_m: Real, params: LinkParams = DEFAULT_LINK) -> Float[Array, "*b"]:
     """Return the path loss 35.3 + 37.6 log10(d / m) in dB."""
     return params.path_loss_intercept_db + params.path_loss_slope_db * jnp.log10(distance_m)

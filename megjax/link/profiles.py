@@ -127,7 +127,7 @@ def compute(
         profile: the hardware.
         workload: FLOPs of one frame, read by FLOP-linear profiles. Of step-timed ones a step lasts as long as
             its U-Net calls, timed with both branches of guidance.
-        image_to_image: charge the VAE encoder too.
+        image_to_image: charge the VAE encoder too; step-timed profiles have no time for it.
         tome: whether the U-Net merges tokens; read by step-timed profiles (FLOPs say so themselves).
     """
     if isinstance(profile, StepProfile):

@@ -37,6 +37,9 @@ WireLayout: TypeAlias = Literal["patch", "strip"]
 RoundMap: TypeAlias = tuple[Bool[np.ndarray, " _A"], Integer[np.ndarray, " _A"]]
 """One round: who merges, and each source's destination (an index into B), read where it merges."""
 
+MEDIA_TYPE = "application/vnd.megjax.message"
+RESULT_HEADER = "MegJAX-Result"
+"""Of the answer that carries a message over HTTP: what was done, as JSON."""
 VERSION = 1
 HEADER_BYTES = 32
 _HEADER = struct.Struct("<BBHHHfff8s")

@@ -3,7 +3,7 @@
 from megjax.link.counts import Grid, Rounds, merged_counts
 from megjax.merging.layout import Layout, from_tokens, to_tokens, token_grid
 from megjax.merging.matching import least_change, match, match_best, match_partition
-from megjax.merging.message import Received, pack, rebuild_plan, unpack
+from megjax.merging.message import Received, carried, carried_shapes, pack, rebuild_plan, unpack
 from megjax.merging.operator import merge, unmerge
 from megjax.merging.partition import Partition, fixed_partition, partition
 from megjax.merging.plan import Plan
@@ -18,6 +18,8 @@ __all__ = [
     "Received",
     "Rounds",
     "Similarity",
+    "carried",
+    "carried_shapes",
     "cosine",
     "euclidean",
     "fixed_partition",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from jaxtyping import Array, Shaped
 
 from megjax.errors import MegError
 from megjax.link.counts import Grid
+from megjax.link.wire import WireLayout
 
-Layout: TypeAlias = Literal["patch", "strip"]
+Layout: TypeAlias = WireLayout
 """patch: true 2 x 2 patches. strip: 4 consecutive row-major pixels, told to stand on the patches' grid."""
 
 

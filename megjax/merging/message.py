@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, ScalarLike
+from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
 from megjax.errors import MegError
 from megjax.link import wire
 from megjax.link.counts import Grid, half, partition_sizes
 from megjax.merging.partition import partition
 from megjax.merging.plan import Matches, Plan, build_plan
+
+Carried: TypeAlias = dict[str, Array]
+"""A message's content, in shapes that depend on its grid alone; see `carried_shapes`."""
 
 
 class Received(NamedTuple):
@@ -27,7 +30,7 @@ class Received(NamedTuple):
 
 
 def pack(
-    merged_MxD: Float[Array, "M D"],
+    merged_MxD: Float[Array | np.ndarray, "M D"],
     plan: Plan,
     key: PRNGKeyArray,
     ratio: ScalarLike,
@@ -67,21 +70,51 @@ def unpack(message: bytes) -> Received:
         WireFormatError: see `wire.decode`.
     """
     header = wire.decode(message)
-    merged_MxD, grid = header.features_MxD, header.grid
-    merged_NxD = np.zeros((grid[0] * grid[1], merged_MxD.shape[1]), np.float32)
-    merged_NxD[: merged_MxD.shape[0]] = merged_MxD
-    rounds, counts = list(header.index_map), [int(merged.sum()) for merged, _ in header.index_map]
-    if len(rounds) == 1:
-        sources, _ = partition_sizes(half(grid))
-        rounds.append((np.zeros(sources, bool), np.zeros(sources, np.int32)))
-        counts.append(0)
-    matches = tuple(Matches(jnp.asarray(merged), jnp.asarray(best)) for merged, best in rounds)
-    plan = rebuild_plan(jnp.asarray(header.key_data), matches, jnp.asarray(counts, jnp.int32), grid)
-    return Received(jnp.asarray(merged_NxD), plan, header)
+    content = carried(header)
+    return Received(jnp.asarray(content["features"]), rebuild_plan(content, header.grid), header)
+
+
+def carried_shapes(grid: Grid, values: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the device reads out of a message.
+
+    `features`, merged tokens in float32, zeros after the last; `key_data` of the partition; and for each
+    round, the second all zeros where there was none, `merged` (does this source merge?) and `best` (into
+    which destination).
+
+    Args:
+        grid: token rows and columns.
+        values: of a token.
+    """
+    N = grid[0] * grid[1]
+    shapes = {
+        "features": jax.ShapeDtypeStruct((N, values), jnp.float32),
+        "key_data": jax.ShapeDtypeStruct((2,), jnp.uint32),
+    }
+    for i, each in enumerate((grid, half(grid)), start=1):
+        sources, _ = partition_sizes(each)
+        shapes[f"merged_{i}"] = jax.ShapeDtypeStruct((sources,), jnp.bool_)
+        shapes[f"best_{i}"] = jax.ShapeDtypeStruct((sources,), jnp.int32)
+    return shapes
+
+
+def carried(message: wire.Message) -> dict[str, np.ndarray]:
+    """A decoded message's content, padded to shapes that depend on its grid alone."""
+    values = message.features_MxD.shape[1]
+    arrays = {
+        name: np.zeros(shape.shape, shape.dtype)
+        for name, shape in carried_shapes(message.grid, values).items()
+    }
+    arrays["features"][: len(message.features_MxD)] = message.features_MxD
+    arrays["key_data"][:] = message.key_data
+    for i, (merged, best) in enumerate(message.index_map, start=1):
+        arrays[f"merged_{i}"][:], arrays[f"best_{i}"][:] = merged, best
+    return arrays
 
 
 @partial(jax.jit, static_argnames="grid")
-def rebuild_plan(key_data: Array, rounds: tuple[Matches, ...], count_R: Int[Array, " R"], grid: Grid) -> Plan:
-    """Rebuild a plan of N rows from what a message carries: key data, each round's matches and count."""
-    partitions = partition(jax.random.wrap_key_data(key_data, impl="threefry2x32"), grid)
-    return build_plan(partitions, rounds, tuple(count_R), grid[0] * grid[1])
+def rebuild_plan(content: Carried, grid: Grid) -> Plan:
+    """Rebuild the sender's plan of N rows from a message's content, of which `features` are not read."""
+    key = jax.random.wrap_key_data(content["key_data"], impl="threefry2x32")
+    rounds = tuple(Matches(content[f"merged_{i}"], content[f"best_{i}"]) for i in (1, 2))
+    counts = tuple(jnp.sum(matches.merged_A, dtype=jnp.int32) for matches in rounds)
+    return build_plan(partition(key, grid), rounds, counts, grid[0] * grid[1])

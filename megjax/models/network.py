@@ -26,13 +26,18 @@ class Options:
         dtype: of activations; norms, softmax and timestep embeddings stay in float32.
         param_dtype: of the parameters that `init` makes.
         remat: recompute each block's activations in the backward pass.
-        attention: `xla`, or `cudnn` (NVIDIA GPUs, bfloat16/float16).
+        attention: the U-Net's and VAE's, `xla` or `cudnn` (NVIDIA GPUs, bfloat16/float16).
     """
 
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: bool = False
     attention: str = "xla"
+
+    def __post_init__(self) -> None:
+        # One spelling, so that equal options are equal: networks are cached by them.
+        for name in ("dtype", "param_dtype"):
+            object.__setattr__(self, name, jnp.dtype(getattr(self, name)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, so that `jax.jit` takes it as a function

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +14,13 @@ from jaxtyping import Array
 
 from megjax import merging, weights
 from megjax.errors import MegError
-from megjax.link.counts import Grid, half, partition_sizes
-from megjax.link.wire import Message
-from megjax.merging.message import rebuild_plan
-from megjax.merging.plan import Matches
+from megjax.link.counts import Grid
+from megjax.merging.message import Carried, carried_shapes, rebuild_plan
 from megjax.models import Network, Options, Params, UNetConfig, VAEConfig, from_dict, vae_decoder, vae_encoder
 from megjax.pipeline.int8 import dequantised
-from megjax.pipeline.load import DECODERS, EMBEDDED, Pipeline, distilled_decoder
+from megjax.pipeline.load import DECODERS, Pipeline, distilled_decoder, open_backbone
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-
-Carried = dict[str, Array]
-"""A message's content, in shapes that depend on its grid alone; see `carried_shapes`."""
 
 
 class Device(NamedTuple):
@@ -61,7 +56,7 @@ def load_device(
         WeightsError: for a folder that is missing, incomplete or of another kind than SDXL's.
         MegError: no such decoder, or a size that is no multiple of a token's.
     """
-    folder = weights.open_folder(EMBEDDED.get(str(model), model), parts=("vae",))
+    folder = open_backbone(model, parts=("vae",))
 
     def config(cls: Any, part: str) -> Any:
         return from_dict(cls, folder.configs[part], origin=str(folder.path / part / "config.json"))
@@ -105,44 +100,7 @@ def token_grid(device: Device) -> Grid:
     return merging.token_grid(device.size[0] // scale, device.size[1] // scale)
 
 
-def carried_shapes(grid: Grid, values: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the device reads out of a message.
-
-    `features`, merged tokens in float32, zeros after the last; `key_data` of the partition; and for each
-    round, the second all zeros where there was none, `merged` (does this source merge?) and `best` (into
-    which destination).
-
-    Args:
-        grid: token rows and columns.
-        values: of a token.
-    """
-    N = grid[0] * grid[1]
-    shapes = {
-        "features": jax.ShapeDtypeStruct((N, values), jnp.float32),
-        "key_data": jax.ShapeDtypeStruct((2,), jnp.uint32),
-    }
-    for i, each in enumerate((grid, half(grid)), start=1):
-        sources, _ = partition_sizes(each)
-        shapes[f"merged_{i}"] = jax.ShapeDtypeStruct((sources,), jnp.bool_)
-        shapes[f"best_{i}"] = jax.ShapeDtypeStruct((sources,), jnp.int32)
-    return shapes
-
-
-def carried(message: Message) -> dict[str, np.ndarray]:
-    """A decoded message as what the exported program reads."""
-    values = message.features_MxD.shape[1]
-    arrays = {
-        name: np.zeros(shape.shape, shape.dtype)
-        for name, shape in carried_shapes(message.grid, values).items()
-    }
-    arrays["features"][: len(message.features_MxD)] = message.features_MxD
-    arrays["key_data"][:] = message.key_data
-    for i, (merged, best) in enumerate(message.index_map, start=1):
-        arrays[f"merged_{i}"][:], arrays[f"best_{i}"][:] = merged, best
-    return arrays
-
-
-def receiver(device: Device, layout: Literal["patch", "strip"] = "patch") -> Callable[[Carried], Array]:
+def receiver(device: Device, layout: merging.Layout = "patch") -> Callable[[Carried], Array]:
     """Un-merge and decode, Eq. (20), at any ratio: a message's content -> a picture (H, W, 3) in [0, 1].
 
     Args:
@@ -152,25 +110,15 @@ def receiver(device: Device, layout: Literal["patch", "strip"] = "patch") -> Cal
     grid = token_grid(device)
 
     def receive(content: Carried) -> Array:
-        plan = _plan(content, grid)
-        tokens = merging.unmerge(content["features"], plan)
+        tokens = merging.unmerge(content["features"], rebuild_plan(content, grid))
         z = merging.from_tokens(tokens[None], grid, layout)
         return jnp.clip(device.decoder(dequantised(device.params), z)[0], 0.0, 1.0)
 
     return receive
 
 
-def _plan(content: Carried, grid: Grid) -> merging.Plan:
-    rounds, counts = [], []
-    for i in (1, 2):
-        merged = content[f"merged_{i}"]
-        rounds.append(Matches(merged, content[f"best_{i}"]))
-        counts.append(jnp.sum(merged, dtype=jnp.int32))
-    return rebuild_plan(content["key_data"], tuple(rounds), jnp.stack(counts), grid)
-
-
 def export_device(
-    device: Device, platforms: Sequence[str] = PLATFORMS, layout: Literal["patch", "strip"] = "patch"
+    device: Device, platforms: Sequence[str] = PLATFORMS, layout: merging.Layout = "patch"
 ) -> bytes:
     """The device's program as portable StableHLO, for `jax.export.deserialize`; weights inside.
 

@@ -30,6 +30,7 @@ from megjax.pipeline.split import (
     fewest_steps,
     finite,
     noise_unit,
+    request_keys,
     send,
     unet_params,
 )
@@ -215,8 +216,9 @@ def generate_each(
             raise MegError(
                 "requests: they may differ in steps, ratio and psnr_db alone; generate others apart"
             )
-    height, width = (side // pipeline.vae_decoder.config.downsampling for side in _size(pipeline, first))
-    grid, channels = token_grid(height, width), pipeline.vae_decoder.config.latent_channels
+    vae = pipeline.vae_decoder.config
+    height, width = (side // vae.downsampling for side in picture_size(pipeline, first))
+    grid, channels = token_grid(height, width), vae.latent_channels
     # Before anything runs: a ratio may be beyond what so small a grid can merge.
     bits = [
         payload_bits(request.ratio, grid[0] * grid[1], 4 * channels, rules=request.rules, grid=grid)
@@ -226,7 +228,7 @@ def generate_each(
     # The authors' reference merges tokens in the U-Net, too.
     unit = noise_unit(first.rules, pipeline.vae_decoder.config)
     reference_tome = first.tome_ratio if first.rules == "paper" else 0.0
-    key_link = _keys(first)[1]
+    key_link = request_keys(first.seed).link
     on_stage("reference")
     reference = _picture(pipeline, pipeline.params["vae_decoder"], latents(REFERENCE_STEPS, reference_tome))
     for request, payload in zip(requests, bits, strict=True):
@@ -241,15 +243,9 @@ def generate_each(
         yield Generated(image, reference, int(received.tokens_B[0]), int(payload), mse, found_db)
 
 
-def _size(pipeline: Pipeline, request: Request) -> tuple[int, int]:
-    """Height and width of the pictures; pixels."""
+def picture_size(pipeline: Pipeline, request: Request) -> tuple[int, int]:
+    """Height and width of a request's picture, the model's own unless given; pixels."""
     return request.height or pipeline.image_size, request.width or pipeline.image_size
-
-
-def _keys(request: Request) -> tuple[jax.Array, jax.Array]:
-    """Of the noise and of the link."""
-    key_noise, key_link = jax.random.split(jax.random.key(request.seed))
-    return key_noise, key_link
 
 
 def _denoiser(
@@ -259,7 +255,7 @@ def _denoiser(
     on_stage: Callable[[str], None],
 ) -> Callable[[int, float], jax.Array]:
     """Encode prompt and picture; return the latents as a function of the steps and the ToMe ratio."""
-    height, width = _size(pipeline, request)
+    height, width = picture_size(pipeline, request)
     if init_image_HxWx3 is not None:
         _check_picture(init_image_HxWx3, (height, width, 3))
     ids = tokenize(pipeline.tokenizers, [request.prompt])
@@ -271,7 +267,7 @@ def _denoiser(
     prompt, *empty = (condition(pipeline, params, jnp.asarray(i), size=(height, width)) for i in read)
     config = pipeline.vae_decoder.config
     latent = (1, height // config.downsampling, width // config.downsampling, config.latent_channels)
-    noise = jax.random.normal(_keys(request)[0], latent)
+    noise = jax.random.normal(request_keys(request.seed).noise, latent)
     if init_image_HxWx3 is None:
         start, strength = jnp.zeros(latent), 1.0
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +38,9 @@ if TYPE_CHECKING:
 EMBEDDED = {"tiny": Path(__file__).parent.parent / "assets" / "tiny"}
 """Backbones that ship with the package."""
 
-STUDENT, DECODERS, GATE = "unet_student", "decoders", "decoders/pruning/gate.safetensors"
+STUDENT, DECODERS, GATE_FILE = "unet_student", "decoders", "gate.safetensors"
 """Parts of a distilled backbone, beside diffusers' own: PyTorch diffusers passes over them."""
+GATE = f"{DECODERS}/pruning/{GATE_FILE}"
 
 Progress = Callable[[str], None]
 
@@ -91,17 +92,6 @@ class Pipeline:
                 return network
         return self.vae_decoder
 
-    @property
-    def networks(self) -> dict[str, Network]:
-        """The networks under their parameters' names."""
-        return {
-            "text_encoder": self.text_encoders[0],
-            "text_encoder_2": self.text_encoders[1],
-            "unet": self.unet,
-            "vae_encoder": self.vae_encoder,
-            "vae_decoder": self.vae_decoder,
-        }
-
 
 def release(pipeline: Pipeline, *kept: str) -> None:
     """Free the memory of a pipeline's parameters, all but those of `kept`.
@@ -111,6 +101,11 @@ def release(pipeline: Pipeline, *kept: str) -> None:
     """
     for name in pipeline.params.keys() - set(kept):
         del pipeline.params[name]
+
+
+def open_backbone(model: str | Path, *, parts: Sequence[str] = weights.MODELS) -> weights.ModelFolder:
+    """Find an embedded backbone, a folder or a hub id; see `megjax.weights.open_folder`."""
+    return weights.open_folder(EMBEDDED.get(str(model), model), parts=parts)
 
 
 def load_pipeline(
@@ -126,7 +121,7 @@ def load_pipeline(
     Raises:
         WeightsError: for a folder that is missing, incomplete or of another kind than SDXL's.
     """
-    folder = weights.open_folder(EMBEDDED.get(str(model), model))
+    folder = open_backbone(model)
     if "text_encoder_2" not in folder.configs:
         raise WeightsError(f"{model}: has no text_encoder_2; only SDXL's two text encoders are supported")
 

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt32
 
 from megjax import merging
 from megjax.diffusion import (
@@ -45,6 +45,33 @@ class Received(NamedTuple):
 
     z_BxHxWxC: Float[Array, "B H W C"]
     tokens_B: Int[Array, " B"]
+
+
+class RequestKeys(NamedTuple):
+    """What a seed stands for; server and device derive it alike.
+
+    Args:
+        noise: of the latent that denoising starts from.
+        link: of `send`, which splits it into the next two.
+        partition: of the tokens.
+        channel: of the channel's noise.
+    """
+
+    noise: Key[Array, ""]
+    link: Key[Array, ""]
+    partition: Key[Array, ""]
+    channel: Key[Array, ""]
+
+
+def request_keys(seed: UInt32[Array, ""] | int) -> RequestKeys:
+    """Split a request's seed into its keys."""
+    noise, link = jax.random.split(jax.random.key(seed))
+    return RequestKeys(noise, link, *_link_keys(link))
+
+
+def _link_keys(key: Key[Array, ""]) -> Key[Array, " 2"]:
+    """Of partition and channel noise."""
+    return jax.random.split(key)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("size",))
@@ -153,7 +180,7 @@ def send(
     """Merge, transmit and un-merge: Eqs. (15)-(19). One executable for every ratio and noise level.
 
     Args:
-        key: of the partition and the noise.
+        key: `RequestKeys.link`, of the partition and the noise.
         z_BxHxWxC: latents.
         ratio: r, traced: beyond what the rules can merge (15/16; `paper` 0.75) it is clipped.
         psnr_db: of the features, traced; infinite is a perfect channel.
@@ -168,7 +195,7 @@ def send(
     if (unit is None) != (rules == "default"):
         raise MegError(f"rules {rules}, unit {unit}: take the unit of noise_unit({rules!r}, ...)")
     layout = "patch" if rules == "default" else "strip"
-    key_partition, key_noise = jax.random.split(key)
+    key_partition, key_noise = _link_keys(key)
     grid = merging.token_grid(*z_BxHxWxC.shape[1:3])
     tokens, ratio = merging.to_tokens(z_BxHxWxC, layout), jnp.asarray(ratio, jnp.float32)
     if rules == "default":

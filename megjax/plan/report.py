@@ -29,7 +29,7 @@ class Report:
             where the compiler gave up before it knew.
         peak: bytes at most at one time.
         hbm: bytes that there are.
-        flops: of one run, or of one call of eight steps.
+        flops: of one run, or, sampling, of all its steps.
         bytes_accessed: read and written.
         collective_bytes: sent to the neighbours.
         kernels: kernels run, which have no estimate.

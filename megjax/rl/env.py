@@ -111,7 +111,7 @@ def step_cost(
     payload: Payload,
 ) -> FrameCost:
     """Return every part of one frame's latency and energy, Eqs. (1)-(7), at channel state `snr` (linear)."""
-    power_w = channel.from_db(params.link.tx_power_dbm - 30.0)
+    power_w = channel.tx_power_w(params.link)
     return frame_cost(params.compute, steps, payload(ratio), channel.rate_bps(snr, params.link), power_w)
 
 

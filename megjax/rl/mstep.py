@@ -26,8 +26,11 @@ class TrustRegion:
     std_bound: float = 0.0005
     """eps_std."""
     dual_lr: float = 0.0
+    """Step of the KL bounds' duals, Eq. (47). At 0 `project` alone keeps the bounds; the authors take 0.1."""
     dual_max: float = 0.5
+    """Largest dual; read only if `dual_lr` is above 0."""
     iterations: int = 1
+    """Gradient steps of an M-step; the authors take 5."""
     project: bool = True
     """Shorten a step that leaves the trust region, instead of trusting the duals alone."""
     box_penalty: float = 1.0
@@ -59,8 +62,9 @@ def m_step(
     """Maximise mean_s sum_k q_k log pi_theta(a_k|s) s.t. KL(pi_old || pi_theta) <= eps, Eq. (42).
 
     Mean and spread have a bound each (each fitted with the other at its old value). Their duals follow the
-    gradient, Eqs. (45)-(47). The KL being quadratic in the step, Eqs. (43)-(44), a step that is too long by a
-    factor is shortened by its square root if `region.project`.
+    gradient, Eqs. (45)-(47), at the rate `region.dual_lr`, which is 0 unless set. The KL being quadratic in
+    the step, Eqs. (43)-(44), a step that is too long by a factor is shortened by its square root if
+    `region.project`.
     """
     old = jax.lax.stop_gradient(policy(params))
     bounds = jnp.asarray([region.mean_bound, region.std_bound], old.mean.dtype)

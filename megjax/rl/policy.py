@@ -59,6 +59,21 @@ def gaussian(
     return networks.policy(params.actor, seen, params.std_range, squash)
 
 
+def keeps(policy: Policy, limits: tuple[float, float]) -> bool:
+    """Whether a policy keeps a mean latency (s) and energy (kJ): its own, or a conditioned one any between.
+
+    A thousandth more or less is the same: limits come back from conversions and files.
+    """
+    low, high = limit_range(policy)
+    return bool(np.all(limits >= 0.999 * low) and np.all(limits <= 1.001 * high))
+
+
+def limit_range(policy: Policy) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]]:
+    """The lowest and the highest limits that a policy was trained for; the same unless it is conditioned."""
+    trained = np.asarray(policy.info.limits, float)
+    return trained.min(axis=0), trained.max(axis=0)
+
+
 def act(
     policy: Policy,
     snr_db: float,
@@ -89,14 +104,14 @@ def act(
     observation = [snr_db, latency_s, energy_kj]
     if policy.info.conditioned:
         limits = limits if limits is not None else trained[len(trained) // 2]
-        lowest, highest = np.min(trained, axis=0), np.max(trained, axis=0)
-        if np.any(limits < 0.999 * lowest) or np.any(limits > 1.001 * highest):
+        if not keeps(policy, limits):
+            lowest, highest = limit_range(policy)
             raise MegError(
                 f"this policy keeps limits from {tuple(lowest.tolist())} to {tuple(highest.tolist())}, "
                 f"not {tuple(limits)}"
             )
         observation += list(limits)
-    elif limits is not None and not np.allclose(limits, trained[0]):
+    elif limits is not None and not keeps(policy, limits):
         raise MegError(f"this policy was trained for the limits {trained[0]}, not {tuple(limits)}")
     found = gaussian(policy.params, jnp.asarray(observation, jnp.float32), policy.info.squash)
     action = jnp.clip(found.mean if key is None else networks.sample(key, found), 0.0, 1.0)

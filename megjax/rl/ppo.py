@@ -38,8 +38,11 @@ class Pid:
     """Gains on the violation, (J - d) / d; only `integral` > 0 is the plain Lagrangian method."""
 
     proportional: float = 20.0
+    """Of the violation itself."""
     integral: float = 0.5
+    """Of its sum over the epochs."""
     derivative: float = 0.0
+    """Of its growth since the last epoch."""
     max_error: float = 0.02
     """Largest violation that the integral counts: what early exploration costs must not wind it up."""
     max_multiplier: float = 100.0
@@ -53,6 +56,7 @@ class PpoConfig:
     """PPO-Lagrangian's hyper-parameters."""
 
     groups: int = 1
+    """Groups of environment copies, each with limits of its own."""
     envs: int = 384
     """Environment copies of each group."""
     greedy_envs: int = 128

@@ -297,10 +297,8 @@ def _keep_lines(path: Path, epoch: int) -> None:
 
 def draw(log_path: Path, path: Path) -> None:
     """Draw every run's reward, latency and energy with the optimum and the limits (Figs. 6 and 7)."""
-    try:
-        import matplotlib.figure  # an extra, and only the picture needs it
-    except ImportError:
-        return
+    import matplotlib.figure  # takes a second, and only the picture needs it
+
     records = [json.loads(line) for line in log_path.read_text().splitlines()]
     figure = matplotlib.figure.Figure(figsize=(12, 3.6), layout="constrained")
     axes = figure.subplots(1, 3)
@@ -360,6 +358,8 @@ def _check(config: PolicyRunConfig) -> None:
     if len(set(config.limits)) < len(config.limits) or len(set(config.seeds)) < len(config.seeds):
         raise MegError("limits and seeds: each may be given once")
     within(config, 0, LARGEST_SEED, "seeds")
+    if config.learner.groups != 1:
+        raise MegError(f"learner.groups {config.learner.groups}: leave it at 1; `conditioned` sets it")
     within(config, 1, math.inf, "chunks", "checkpoint_every", "episodes")
     if not np.isfinite(config.psnr_db):
         raise MegError(f"psnr_db {config.psnr_db}: must be a finite number")

@@ -8,7 +8,7 @@ from megjax.link import channel
 from megjax.link.cost import Compute, frame_cost
 from megjax.serve.engine import Sent, Task, Times
 
-TX_POWER_W = float(channel.from_db(channel.DEFAULT_LINK.tx_power_dbm - 30.0))
+TX_POWER_W = float(channel.tx_power_w())
 
 
 def account(

@@ -8,7 +8,7 @@ import logging
 import mimetypes
 from collections.abc import AsyncIterator, Callable
 from importlib import resources
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
@@ -18,11 +18,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from megjax import __version__
-from megjax.client.http import MEDIA_TYPE, RESULT_HEADER
+from megjax.link.wire import MEDIA_TYPE, RESULT_HEADER, WireDtype
 from megjax.serve.batching import RESTART_S, Refused
 from megjax.serve.engine import largest_ratio
 from megjax.serve.guard import App, guarded
-from megjax.serve.schemas import GenerateRequest, readable
+from megjax.serve.schemas import MAX_GUIDANCE, GenerateRequest, readable
 from megjax.serve.service import Done, Service
 
 CHUNK_BYTES = 16384
@@ -193,8 +193,8 @@ def _info(service: Service) -> dict[str, Any]:
         "sizes": [list(size) for size in service.sizes],
         "steps": [service.fewest_steps, config.max_steps],
         "ratio": [0.0, min(largest_ratio(service.pipeline, size) for size in service.sizes)],
-        "guidance": [0.0, 20.0],
-        "dtypes": ["float16", "bfloat16", "int8"],
+        "guidance": [0.0, MAX_GUIDANCE],
+        "dtypes": list(get_args(WireDtype)),
         "batch_sizes": list(service.batcher.seconds),
         "queue": config.queue,
         "deadline_s": config.deadline_s,

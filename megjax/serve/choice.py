@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from megjax.errors import MegError
 from megjax.link import channel
-from megjax.rl.policy import Choice, Policy, act
+from megjax.rl.policy import Choice, Policy, act, keeps, limit_range
 
 MOST_SNR_DB = 30.0
 """A policy has seen nothing beyond, nor below its negative: a better channel counts as this one."""
@@ -25,11 +23,9 @@ def covering(policies: Sequence[Policy], limits: tuple[float, float]) -> Policy:
         raise MegError("limits: no policy is loaded here; give steps and ratio")
     kept = []
     for policy in policies:
-        trained = np.asarray(policy.info.limits, float)
-        low, high = trained.min(axis=0), trained.max(axis=0)
-        if np.all(np.asarray(limits) >= 0.999 * low) and np.all(np.asarray(limits) <= 1.001 * high):
+        if keeps(policy, limits):
             return policy
-        ends = [f"{pair[0]:g} s and {pair[1] * 1000:g} J ({pair[1]:g} kJ)" for pair in (low, high)]
+        ends = [f"{pair[0]:g} s and {pair[1] * 1000:g} J ({pair[1]:g} kJ)" for pair in limit_range(policy)]
         kept.append(ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}")
     raise MegError(f"limits: the policies here keep {'; '.join(kept)}")
 
@@ -40,8 +36,7 @@ def choose(policies: Sequence[Policy], limits: tuple[float, float], rate_bps: fl
     Raises:
         MegError: see `covering`.
     """
-    policy = covering(policies, limits)
-    return act(policy, snr_db_of(rate_bps), limits=limits if policy.info.conditioned else None)
+    return act(covering(policies, limits), snr_db_of(rate_bps), limits=limits)
 
 
 def snr_db_of(rate_bps: float) -> float:

@@ -25,8 +25,8 @@ from megjax.link.counts import Grid
 from megjax.link.payload import payload_bits
 from megjax.models import Params
 from megjax.pipeline import Pipeline, Request, check
-from megjax.pipeline.generate import MAX_RATIO
-from megjax.pipeline.split import condition, denoise, unet_params
+from megjax.pipeline.generate import MAX_RATIO, picture_size
+from megjax.pipeline.split import condition, denoise, request_keys, unet_params
 from megjax.text import tokenize
 
 Size = tuple[int, int]
@@ -91,7 +91,7 @@ def prepare(pipeline: Pipeline, request: Request, dtype: wire.WireDtype, *, chos
         MegError: what cannot be generated, naming the value and what is allowed.
     """
     check(request, pipeline)
-    size = request.height or pipeline.image_size, request.width or pipeline.image_size
+    size = picture_size(pipeline, request)
     if chosen:
         _bits(pipeline, size, request.ratio, dtype)
     ids = [
@@ -199,7 +199,7 @@ def denoise_rows(
 
     def row(seed: Array, prompt: Conditioning, empty: Conditioning, steps: Array, guidance: Array) -> Array:
         prompt, empty = jax.tree.map(lambda x: x[None], (prompt, empty))
-        noise = jax.random.normal(link_keys(seed)[0], shape)
+        noise = jax.random.normal(request_keys(seed).noise, shape)
         start = jnp.zeros(shape)
         given = (params, noise, prompt, empty, steps, guidance, start, 1.0)
         return denoise(pipeline, *given, sampler=sampler, tome_ratio=tome_ratio)[0]
@@ -230,17 +230,12 @@ def merge(
     grid = merging.token_grid(*z_BxHxWxC.shape[1:3])
 
     def row(z_HxWxC: Array, seed: Array, ratio: Array) -> Merged:
-        key = jax.random.split(link_keys(seed)[1])[0]
+        key = request_keys(seed).partition
         tokens = merging.to_tokens(z_HxWxC[None], "patch")[0]
         plan, key = merging.match_best(tokens, key, ratio, grid)
         return Merged(merging.merge(tokens, plan), plan, jax.random.key_data(key))
 
     return jax.vmap(row)(z_BxHxWxC, seed_B, ratio_B)
-
-
-def link_keys(seed: UInt32[Array, ""]) -> Array:
-    """The keys of a request's noise and of its link."""
-    return jax.random.split(jax.random.key(seed))
 
 
 def _column(tasks: Sequence[Task], batch: int, name: str) -> np.ndarray:
@@ -251,19 +246,13 @@ def _column(tasks: Sequence[Task], batch: int, name: str) -> np.ndarray:
 
 
 def _write(merged: Merged, row: int, task: Task, pipeline: Pipeline, grid: Grid) -> Sent | MegError:
-    plan = jax.tree.map(lambda x: x[row], merged.plan)
-    tokens, ratio = int(plan.count), task.ratio
+    features_NxD, plan, key_data = jax.tree.map(lambda x: x[row], merged)
+    ratio = task.ratio
     assert ratio is not None
     try:
-        message = wire.encode(
-            np.asarray(merged.features_BxNxD[row][:tokens], np.float32),
-            [(np.asarray(each.merged_A), np.asarray(each.best_A)) for each in plan.rounds],
-            grid=grid,
-            ratio=ratio,
-            key_data=np.asarray(merged.key_Bx2[row]),
-            dtype=task.dtype,
-        )
-        return Sent(message, tokens, _bits(pipeline, task.size, ratio, task.dtype))
+        key = jax.random.wrap_key_data(key_data)
+        message = merging.pack(features_NxD, plan, key, ratio, grid, dtype=task.dtype)
+        return Sent(message, int(plan.count), _bits(pipeline, task.size, ratio, task.dtype))
     except MegError as error:
         return error
 
@@ -277,5 +266,5 @@ def _bits(pipeline: Pipeline, size: Size, ratio: float, dtype: wire.WireDtype) -
 def blank(pipeline: Pipeline, request: Request) -> Task:
     """A task of no words, to compile and time programs with."""
     ids = tokenize(pipeline.tokenizers, ["", ""], allow_empty=True)
-    size = request.height or pipeline.image_size, request.width or pipeline.image_size
+    size = picture_size(pipeline, request)
     return Task(ids, size, request.seed, request.steps, request.ratio, request.guidance, "float16")

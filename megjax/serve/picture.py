@@ -12,12 +12,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from megjax.client.picture import Show, viewer
+from megjax.data.pictures import to_uint8
 from megjax.errors import MegError
 from megjax.pipeline import Pipeline
 from megjax.pipeline.device import device_of
 from megjax.pipeline.generate import REFERENCE_STEPS
 from megjax.pipeline.split import decode, finite
+from megjax.pipeline.viewer import Show, viewer
 from megjax.serve.engine import Size, Task, latents
 
 
@@ -74,5 +75,5 @@ def _viewer(pipeline: Pipeline, size: Size) -> Show:
 def png(image_HxWx3: np.ndarray) -> bytes:
     """A picture in [0, 1] as PNG."""
     file = io.BytesIO()
-    Image.fromarray(np.round(image_HxWx3 * 255).astype(np.uint8)).save(file, format="PNG")
+    Image.fromarray(to_uint8(image_HxWx3)).save(file, format="PNG")
     return file.getvalue()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megjax.checks import LARGEST_SEED
 from megjax.link import channel
+from megjax.link.wire import WireDtype
 
 PAPER_RATE_BPS = float(channel.rate_bps(channel.snr(250.0)))
 """At the middle of the paper's distances."""
 
-Dtype = Literal["float16", "bfloat16", "int8"]
+MAX_GUIDANCE = 20.0
 
 
 class _Strict(BaseModel):
@@ -48,8 +49,8 @@ class GenerateRequest(_Strict):
     ratio: float | None = Field(default=None, ge=0, le=1, description="merging ratio r")
     limits: Limits | None = None
     channel: ChannelReport = ChannelReport()
-    guidance: float = Field(default=2.5, ge=0, le=20, description="of classifier-free guidance")
-    dtype: Dtype = Field(default="float16", description="how a scalar travels")
+    guidance: float = Field(default=2.5, ge=0, le=MAX_GUIDANCE, description="of classifier-free guidance")
+    dtype: WireDtype = Field(default="float16", description="how a scalar travels")
     deadline_s: float | None = Field(default=None, gt=0, le=86400, description="the server's own at most")
 
     @model_validator(mode="after")

@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Key
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from megjax.errors import MegError
 from megjax.files import write_file
+from megjax.training.processes import together
 from megjax.training.step import TrainState
 
 Say = Callable[[str], None]
@@ -141,7 +141,7 @@ def open_checkpoints(
         for path in sorted(_steps(folder), key=lambda p: int(p.name)):
             if complaint := _complaint(path):
                 _set_aside(path, complaint, say)
-    _wait_for_process_0("checkpoints checked")
+    together("checkpoints checked")
     options = ocp.CheckpointManagerOptions(
         best_fn=metric,
         best_mode="min",
@@ -188,7 +188,7 @@ def restore(
             if jax.process_index() == 0:
                 reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
                 _set_aside(folder / str(step), reason, say)
-            _wait_for_process_0("checkpoint set aside")
+            together("checkpoint set aside")
             manager.reload()
             continue
         seal(manager)
@@ -257,7 +257,7 @@ def save_failure(folder: Path, state: TrainState, batch: Any, key: Key[Array, ""
         folder.mkdir(parents=True)
         key_data = np.asarray(jax.random.key_data(key)).tolist()
         (folder / "step.json").write_text(json.dumps({"step": int(state.step) - 1, "key": key_data}))
-    _wait_for_process_0("folder of the failure made")
+    together("folder of the failure made")
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     arrays = {jax.tree_util.keystr(path) or "batch": np.asarray(leaf) for path, leaf in leaves}
     np.savez(folder / f"batch_{process}.npz", **arrays)  # pyright: ignore[reportArgumentType]
@@ -305,8 +305,3 @@ def _set_aside(step: Path, complaint: str, say: Say) -> None:
     step.rename(target)
     (step.parent / f"{step.name}.json").unlink(missing_ok=True)
     say(f"checkpoint {step} is damaged ({complaint}): moved to {target}; falling back to the one before")
-
-
-def _wait_for_process_0(what: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)

@@ -18,12 +18,10 @@ def draw_curves(folder: Path, names: tuple[str, ...], output: Path) -> None:
         output: the picture.
 
     Raises:
-        MegError: if matplotlib is not installed or a log is missing.
+        MegError: if a log is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MegError("matplotlib is not installed; `pip install 'megjax[pretrain]'`") from None
+    from matplotlib.figure import Figure  # takes a second
+
     figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         path = folder / f"{name}.jsonl"

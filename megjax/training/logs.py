@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megjax import flops
+from megjax.data.pictures import to_uint8
 from megjax.errors import MegError
 from megjax.files import replacing, write_file
 from megjax.training.step import Step, TrainState
@@ -177,7 +178,7 @@ def open_logs(folder: Path, name: str, steps: int, *, tensorboard: bool = False)
             for key, picture_HxWx3 in found.pictures.items():
                 save_png(folder / f"{name}-pictures" / f"{key}-{step:08d}.png", picture_HxWx3)
                 if board is not None:
-                    board.add_image(f"{name}/{key}", _bytes(picture_HxWx3), step, dataformats="HWC")
+                    board.add_image(f"{name}/{key}", to_uint8(picture_HxWx3), step, dataformats="HWC")
 
         def say(text: str) -> None:
             console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -200,11 +201,7 @@ def _until(path: Path, step: int) -> Iterator[str]:
 def save_png(path: Path, picture_HxWx3: Float[np.ndarray, "H W 3"]) -> None:
     """Write a picture in [0, 1], first beside its place."""
     with replacing(path) as temporary:
-        Image.fromarray(_bytes(picture_HxWx3)).save(temporary, format="PNG")
-
-
-def _bytes(picture: np.ndarray) -> np.ndarray:
-    return np.round(np.clip(picture, 0.0, 1.0) * 255).astype(np.uint8)
+        Image.fromarray(to_uint8(picture_HxWx3)).save(temporary, format="PNG")
 
 
 def summary_writer() -> Any:

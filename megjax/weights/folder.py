@@ -23,9 +23,9 @@ CLASSES = {
 }
 """The classes that each part may be of, by diffusers' names; None is any."""
 
-_MODELS = ("text_encoder", "text_encoder_2", "unet", "vae")
+MODELS = ("text_encoder", "text_encoder_2", "unet", "vae")
 _CONFIG_FILES = {
-    **dict.fromkeys(_MODELS, "config.json"),
+    **dict.fromkeys(MODELS, "config.json"),
     **dict.fromkeys(("tokenizer", "tokenizer_2"), "tokenizer_config.json"),
     "scheduler": "scheduler_config.json",
 }
@@ -49,7 +49,7 @@ class ModelFolder(NamedTuple):
 
 
 def open_folder(
-    model: str | Path, *, variant: str | None = None, parts: Sequence[str] = _MODELS
+    model: str | Path, *, variant: str | None = None, parts: Sequence[str] = MODELS
 ) -> ModelFolder:
     """Open a pipeline's folder in diffusers layout, downloading it first if `model` is a hub id.
 
@@ -76,7 +76,7 @@ def open_folder(
         origin = path / part / _CONFIG_FILES[part]
         configs[part] = formats.read_json(origin)
         _check_class(path / "model_index.json", part, [name])
-        if part in _MODELS:
+        if part in MODELS:
             _check_class(
                 origin, part, configs[part].get("architectures") or [configs[part].get("_class_name")]
             )

@@ -1,7 +1,10 @@
 """The loader: folders, streams and scenes; what is broken; the order, parts and positions of batches."""
 
+import functools
 import io
 import json
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
 
 import numpy as np
@@ -151,12 +154,19 @@ def test_a_stream_is_read_forwards_with_small_pictures_passed_over(monkeypatch):
 
 def test_addresses_are_fetched_and_dead_ones_named(tmp_path):
     (tmp_path / "a.png").write_bytes(png((0, 9, 0)))
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
     config = DataConfig(source="hf:x/y", picture="url", caption="caption")
-    row = {"url": (tmp_path / "a.png").as_uri(), "caption": "green"}
-    assert loader._of_row(row, "x/y, row 0", config, 8).caption == "green"
-    dead = loader._of_row({**row, "url": (tmp_path / "b.png").as_uri()}, "x/y, row 1", config, 8)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        row = {"url": f"http://127.0.0.1:{server.server_port}/a.png", "caption": "green"}
+        assert loader._of_row(row, "x/y, row 0", config, 8).caption == "green"
+        dead = loader._of_row({**row, "url": row["url"].replace("a.png", "b.png")}, "x/y, row 1", config, 8)
+        server.shutdown()
     assert "b.png" in dead.name
-    assert "URLError" in dead.reason
+    assert "HTTPError: HTTP Error 404" in dead.reason
+    assert "URLError" in loader._of_row(row, "x/y, row 2", config, 8).reason  # nobody listens any more
+    own = loader._of_row({**row, "url": (tmp_path / "a.png").as_uri()}, "x/y, row 3", config, 8)
+    assert "only http and https" in own.reason  # a data set must not read this machine's files
     assert "neither pictures nor addresses" in loader._of_row({**row, "url": 3}, "x", config, 8).reason
 
 

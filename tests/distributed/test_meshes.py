@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -31,7 +32,9 @@ def launch(layout, folder, devices, **kwargs):
 
 
 def finish(*processes):
-    said = [process.communicate(timeout=900) for process in processes]
+    # All are read at once: one that waits for a reader keeps the others waiting at their last barrier.
+    with ThreadPoolExecutor(len(processes)) as readers:
+        said = list(readers.map(lambda process: process.communicate(timeout=900), processes))
     for process, (out, error) in zip(processes, said, strict=True):
         # The cause comes first; what the coordination service says of it is long.
         cause = "Traceback" + error.partition("Traceback")[2] if "Traceback" in error else error

@@ -11,7 +11,7 @@ import pytest
 from megjax.errors import MegError, WireFormatError
 from megjax.link import wire
 from megjax.link.payload import payload_bits
-from megjax.merging import match, merge, pack, rebuild_plan, unmerge, unpack
+from megjax.merging import carried, match, merge, pack, rebuild_plan, unmerge, unpack
 
 RATIOS = (0.0, 0.1, 0.4, 0.75, 0.8, 0.9375, 1.0)
 
@@ -72,18 +72,18 @@ def test_one_trace_receives_a_thousand_ratios():
 
     @jax.jit
     @chex.assert_max_traces(n=1)
-    def receive(merged, key_data, rounds, counts):
-        return unmerge(merged, rebuild_plan(key_data, rounds, counts, (8, 8)))
+    def receive(content):
+        return unmerge(content["features"], rebuild_plan(content, (8, 8)))
 
     for ratio in np.linspace(0, 1, 1000):
         plan, merged = send(x, key, jnp.float32(ratio), (8, 8))
         if int(1000 * ratio) % 50:  # Most skip the bytes, which take longer than the plan.
-            counts = jnp.stack([jnp.sum(r.merged_A, dtype=jnp.int32) for r in plan.rounds])
-            receive(merged, jax.random.key_data(key), plan.rounds, counts)
+            (merged_1, best_1), (merged_2, best_2) = plan.rounds
+            content = {"merged_1": merged_1, "best_1": best_1, "merged_2": merged_2, "best_2": best_2}
+            receive({"features": merged, "key_data": jax.random.key_data(key), **content})
             continue
-        received = unpack(pack(merged, plan, key, ratio, (8, 8), dtype="bfloat16"))
-        counts = jnp.stack([jnp.sum(r.merged_A, dtype=jnp.int32) for r in received.plan.rounds])
-        back = receive(received.merged_NxD, received.header.key_data, received.plan.rounds, counts)
+        message = pack(merged, plan, key, ratio, (8, 8), dtype="bfloat16")
+        back = receive(carried(wire.decode(message)))
         sent = merged.astype(jnp.bfloat16).astype(jnp.float32)
         np.testing.assert_array_equal(back, unmerge(sent, plan))
 

@@ -13,10 +13,10 @@ from megjax import merging
 from megjax.cli import main
 from megjax.errors import MegError
 from megjax.link import wire
-from megjax.merging.message import pack, unpack
+from megjax.merging import carried, pack, unpack
 from megjax.models import Options
 from megjax.pipeline import load_pipeline
-from megjax.pipeline.device import Device, carried, load_device, picture_mse, receiver
+from megjax.pipeline.device import Device, load_device, picture_mse, receiver
 from megjax.pipeline.int8 import Quantised, quantised
 from tests.small import save_random
 

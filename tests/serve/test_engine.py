@@ -10,8 +10,8 @@ from megjax.link import wire
 from megjax.link.payload import payload_bits
 from megjax.merging import from_tokens, unmerge, unpack
 from megjax.pipeline import Request, load_pipeline
-from megjax.pipeline.generate import _denoiser, _keys
-from megjax.pipeline.split import send
+from megjax.pipeline.generate import _denoiser
+from megjax.pipeline.split import request_keys, send
 from megjax.serve import engine
 
 PROMPTS = ("a red circle left of a blue square", "a green triangle", "a blue circle above a red square")
@@ -57,7 +57,7 @@ def test_messages_are_the_splits_own(pipeline, seed, steps, ratio, tome):
     request = Request(PROMPTS[0], seed=seed, steps=steps, ratio=ratio)
     sent = engine.messages(pipeline, [task(pipeline, seed, steps=steps, ratio=ratio)], 1, tome)[0][0]
     z = _denoiser(pipeline, request, None, lambda _: None)(steps, tome)
-    expected = send(_keys(request)[1], z, ratio, jnp.inf)
+    expected = send(request_keys(seed).link, z, ratio, jnp.inf)
     received = unpack(sent.message)
     ours = from_tokens(unmerge(received.merged_NxD, received.plan)[None], received.header.grid)
     # `send` rounds to float16 as the wire does.

@@ -13,7 +13,9 @@ from jaxtyping import Array, Float, Int, Key
 from megjax.errors import MegError
 from megjax.link import wire
 from megjax.link.channel import from_db
-from megjax.pipeline.device import Carried, Device, carried, carried_shapes, receiver, token_grid
+from megjax.merging.message import Carried, carried, carried_shapes
+from megjax.pipeline.device import Device, receiver, token_grid
+from megjax.pipeline.split import request_keys
 
 Show = Callable[[bytes, int, float], np.ndarray]
 """(message, seed, psnr_db) -> picture (H, W, 3) in [0, 1]."""
@@ -73,7 +75,7 @@ def viewer(device: Device) -> Show:
             carried(decoded),
             jnp.int32(len(decoded.features_MxD)),
             jnp.float32(decoded.power),
-            noise_key(seed),
+            request_keys(seed).channel,
             jnp.float32(psnr_db),
         )
         if not np.isfinite(image_HxWx3 := np.asarray(image_HxWx3)).all():
@@ -81,12 +83,6 @@ def viewer(device: Device) -> Show:
         return image_HxWx3
 
     return picture
-
-
-def noise_key(seed: int) -> Key[Array, ""]:
-    """The channel noise's key, as `megjax.pipeline.generate` derives it from a request's seed."""
-    key_link = jax.random.split(jax.random.key(seed))[1]
-    return jax.random.split(key_link)[1]
 
 
 def silence(device: Device) -> bytes:
