@@ -1,8 +1,8 @@
 """Presets of `python -m train.distill_decoder`: decoders that undo merging, pruning and noise.
 
-All learn from the same cached latents, with the same updates; a sample counts by the logarithm of its error.
-Beside it the authors' weight of the gate's penalty, 8e-6, doubled a trained gate's error in 350 updates, and
-`tiny-pruning` takes a hundredth of it:
+The `tiny` ones learn from the same cached latents, with the same updates, and a sample counts by the logarithm
+of its error. With that, the authors' weight of the gate's penalty, 8e-6, doubled a trained gate's error in 350
+updates, so `tiny-pruning` takes a hundredth of it:
 
     python -m train.distill_decoder tiny                 # MEG: any ratio, any noise
     python -m train.distill_decoder tiny-split-finetune  # noise alone
@@ -54,18 +54,14 @@ DEBUG = DecoderConfig(
 )
 
 
-def _with(config: DecoderConfig, **fields: object) -> DecoderConfig:
-    return dataclasses.replace(config, **fields)
-
-
 PRESETS = {
     "tiny": ("MEG: merging and noise.", TINY),
-    "tiny-split-finetune": ("MEG-Split-Finetune: noise alone.", _with(TINY, method="split_finetune")),
+    "tiny-split-finetune": ("MEG-Split-Finetune: noise alone.", dataclasses.replace(TINY, method="split_finetune")),
     "tiny-pruning": (
         "MEG-Pruning: the variational gate.",
-        _with(TINY, method="pruning", kl_weight=8e-8),
+        dataclasses.replace(TINY, method="pruning", kl_weight=8e-8),
     ),
-    "tiny-magnitude": ("Pruning by magnitude.", _with(TINY, method="magnitude_pruning")),
+    "tiny-magnitude": ("Pruning by magnitude.", dataclasses.replace(TINY, method="magnitude_pruning")),
     "paper": ("MEG under the authors' rules.", PAPER),
     "sdxl": ("SDXL's decoder, one GPU.", SDXL),
     "sdxl-thin": (

@@ -97,7 +97,7 @@ DEBUG = DiffuserConfig(
 )
 
 PRESETS = {
-    "tiny": ("MEG-Tiny's student, two CPU cores.", TINY),
+    "tiny": ("MEG-Tiny's student, one CPU core.", TINY),
     "sdxl": ("SDXL over all devices, states cut over them.", SDXL),
     "sdxl-lora": ("SDXL on one GPU, factors of rank 64.", SDXL_LORA),
     "debug": ("Two steps on MEG-Tiny.", DEBUG),

@@ -49,7 +49,7 @@ class SuiteConfig:
     out: Path = Path("runs/suite")
     """Receives report.html, results.json, figures, tables and the cache."""
     rules: FeatureRules = "default"
-    """MegJAX's rules, or `paper`, the authors' to the letter: noise, layout, side information, thresholds."""
+    """MegJAX's rules, or `paper`, the authors': noise, layout, side information, thresholds."""
     physical: Physical = "sdxl"
     """Whose bits and FLOPs are charged; `tiny` charges the model's own."""
     profile: str = "paper"
