@@ -1,8 +1,8 @@
 """Presets of `python -m train.distill_decoder`: decoders that undo merging, pruning and noise.
 
-The `tiny` ones learn from the same cached latents, with the same updates, and a sample counts by the logarithm
-of its error. With that, the authors' weight of the gate's penalty, 8e-6, doubled a trained gate's error in 350
-updates, so `tiny-pruning` takes a hundredth of it:
+The `tiny` ones learn from the same cached latents, with the same updates, and a sample counts by the
+logarithm of its error. With that, the authors' weight of the gate's penalty, 8e-6, doubled a trained gate's
+error in 350 updates, so `tiny-pruning` takes a hundredth of it:
 
     python -m train.distill_decoder tiny                 # MEG: any ratio, any noise
     python -m train.distill_decoder tiny-split-finetune  # noise alone
@@ -56,7 +56,10 @@ DEBUG = DecoderConfig(
 
 PRESETS = {
     "tiny": ("MEG: merging and noise.", TINY),
-    "tiny-split-finetune": ("MEG-Split-Finetune: noise alone.", dataclasses.replace(TINY, method="split_finetune")),
+    "tiny-split-finetune": (
+        "MEG-Split-Finetune: noise alone.",
+        dataclasses.replace(TINY, method="split_finetune"),
+    ),
     "tiny-pruning": (
         "MEG-Pruning: the variational gate.",
         dataclasses.replace(TINY, method="pruning", kl_weight=8e-8),
@@ -66,8 +69,8 @@ PRESETS = {
     "sdxl": ("SDXL's decoder, one GPU.", SDXL),
     "sdxl-thin": (
         "A tenth of SDXL's decoder.",
-        _with(SDXL, width=0.3, folder=Path("runs/decoder/sdxl-thin")),
+        dataclasses.replace(SDXL, width=0.3, folder=Path("runs/decoder/sdxl-thin")),
     ),
     "debug": ("Two steps on MEG-Tiny.", DEBUG),
-    "debug-resume": ("Two steps more.", _with(DEBUG, steps=4)),
+    "debug-resume": ("Two steps more.", dataclasses.replace(DEBUG, steps=4)),
 }

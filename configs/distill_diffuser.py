@@ -63,10 +63,7 @@ SDXL = DiffuserConfig(
     fsdp=-1,
     encode_batch=8,
     held_out=32,
-    grid_prompts=4,
     every=20,
-    checkpoint_every=500,
-    evaluate_every=500,
     tensorboard=True,
 )
 
@@ -74,12 +71,10 @@ SDXL_LORA = dataclasses.replace(
     SDXL,
     folder=Path("runs/diffuser/sdxl-lora"),
     data=dataclasses.replace(LAION, pictures=50_000),
-    steps=20_000,
     batch=16,
     accumulate=8,
     lora_rank=64,
     held_out=8,
-    learning_rate=1e-4,
 )
 
 DEBUG = DiffuserConfig(

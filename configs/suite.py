@@ -15,8 +15,8 @@ from eval.suite.config import SuiteConfig
 
 TINY = SuiteConfig()
 """MEG-Tiny's pictures, full SDXL's costs. Expect the methods that merge tokens inside the U-Net (MEG, the
-prunings) to err most, about ten times MEG-Split-Finetune; without that (`--tome 0`) MEG at T = 7, r = 0.4 errs
-1.2 times as much, and MEG-Split most. Expect MEG-CVPO within every limit."""
+prunings) to err most, about ten times MEG-Split-Finetune; without that (`--tome 0`) MEG at T = 7, r = 0.4
+errs 1.2 times as much, and MEG-Split most. Expect MEG-CVPO within every limit."""
 
 SDXL = SuiteConfig(
     model="stabilityai/stable-diffusion-xl-base-1.0",

@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import tyro
 
 from configs.pretrain import TINY
+from eval.metering import Measurement, energy_meter, fit_line, measure
 from megjax import flops
 from megjax.errors import MegError, one_line_errors
 from megjax.files import writable, write_file
 from megjax.link import profiles
-from megjax.link.metering import Measurement, energy_meter, fit_line, measure
 from megjax.models import unet, vae_decoder
 
 
@@ -74,7 +74,7 @@ def main(config: Config) -> None:
     source = f"measured on {jax.devices()[0].device_kind}, R^2 {line.r_squared:.4f}; energy: {energy_source}"
     access_s = max(line.intercept_s, 0.0)
     machine = profiles.Machine(line.flops_per_s, j_per_flop, access_s, source)
-    profiles.save(profiles.Profile(config.name, machine, other.device), config.out)
+    profiles.save(config.out, profiles.Profile(config.name, machine, other.device))
     write_file(points_path, json.dumps([point._asdict() for point in points], indent=2))
     print(
         f"{line.flops_per_s / 1e12:.4f} TFLOP/s, t0 {line.intercept_s * 1e3:.2f} ms, R^2 {line.r_squared:.4f}"

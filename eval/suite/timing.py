@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eval.metering import Measurement, energy_meter, fit_line, measure
 from eval.suite.config import MAX_STEPS, MIN_STEPS, SuiteConfig
 from eval.suite.context import Context, Stage
 from megjax import flops
 from megjax.diffusion import Conditioning
 from megjax.errors import MegError
 from megjax.link.cost import calls_per_step
-from megjax.link.metering import Measurement, energy_meter, fit_line, measure
 from megjax.pipeline.load import Pipeline
 from megjax.pipeline.split import condition, decode, denoise, unet_params
 

@@ -24,8 +24,6 @@ Spacing = Literal["leading", "trailing", "linspace"]
 """Where the timesteps lie: `leading` ends at the offset, `trailing` starts at the last, pure-noise step, and
 `linspace` does both, at 0 and at the last."""
 
-DDIM_CONFIG = "scheduler_config.json"
-
 ONLY = {
     "beta_schedule": "scaled_linear",
     "clip_sample": False,

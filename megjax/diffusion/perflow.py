@@ -22,7 +22,7 @@ WINDOWS = 4
 
 
 class Flow(NamedTuple):
-    """What a student was distilled to follow: two of these are two languages, whatever the weights.
+    """What a student was distilled to follow; sampled as another flow it gives noise.
 
     Args:
         kind: what it predicts.

@@ -28,10 +28,10 @@ from megjax.files import writable_folder, write_file
 from megjax.training.processes import together
 
 JUDGED_AFTER = 1000
-"""Examples seen before the share of broken ones is judged, or all of them."""
+"""Examples, from which on the share of broken ones is checked; of fewer, at the end."""
 
 OUTAGE = 16
-"""Examples, from which a shard without a whole one tells of a disk or a network that fails, not of them."""
+"""A shard of so many examples or more, all broken, means that a disk or a network fails."""
 
 ABANDONED_AFTER_S = 24 * 3600
 """Age of a half-written shard that no run can still be at work on."""

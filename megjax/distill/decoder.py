@@ -28,7 +28,7 @@ Decode: TypeAlias = Callable[[Params, Float[Array, "B h w c"]], Float[Array, "B 
 
 
 Objective: TypeAlias = Literal["mse", "quality"]
-"""The mean squared error, Eq. (21), or the mean of its logarithm: less quality as the system is rewarded."""
+"""`mse`: Eq. (21). `quality`: the mean of log MSE, Eq. (22)'s reward with its sign turned."""
 
 
 class Latents(NamedTuple):

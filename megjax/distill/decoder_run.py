@@ -88,6 +88,7 @@ class DecoderConfig:
     guidance: float = 2.5
     """Of the latents' sampler."""
     rules: FeatureRules = "default"
+    """Tokens, merging and noise: MegJAX's, or the paper's."""
     ratios: tuple[float, float] = (0.0, 1.0)
     """Drawn uniformly, per sample; `split_finetune` merges nothing."""
     psnr_db: tuple[float, float] = (5.0, 20.0)

@@ -96,8 +96,11 @@ class DiffuserConfig:
     offload_ema: bool = False
     """Keep the moving average in the hosts' memory."""
     kind: Parametrisation = "ddim_eps"
+    """What the student predicts: the noise of a DDIM step across its window, the diffusion's, or dz/dt."""
     windows: int = WINDOWS
+    """K, the fewest steps that the student will serve."""
     solver_steps: int = 10
+    """Of the teacher in each window."""
     solver_order: SolverOrder = 1
     """Of the teacher's solver inside a window: 1 is DDIM, the paper's; 2 errs less in the same calls."""
     solve_once: bool = False
@@ -113,6 +116,7 @@ class DiffuserConfig:
     pure_noise: bool = False
     """Start the noisiest window from noise alone, as samplers do, instead of Eq. (10)'s noisy latents."""
     text_drop: float = 0.1
+    """Share of captions replaced by the empty prompt for the student; the teacher always reads them."""
     huber: float | None = None
     """Width of the Huber loss, instead of the squared error."""
     measure: Measure = "output"
@@ -130,6 +134,7 @@ class DiffuserConfig:
     remat: bool = False
     """Recompute the student's activations in the backward pass."""
     attention: str = "xla"
+    """Or `cudnn`, on NVIDIA GPUs in bfloat16 or float16."""
     replicas: int = -1
     """Copies of the states, each with its part of the batch; -1 takes the devices that are left."""
     fsdp: int = 1

@@ -49,14 +49,14 @@ def encoded_pictures(
         batch: pictures at a time.
         preset: whatever else the result depends on, such as the pipeline's dtype.
     """
-    params = spread(
+    params = on_each_device(
         {name: pipeline.params[name] for name in ("text_encoder", "text_encoder_2", "vae_encoder")}
     )
 
     def arrays(examples: Sequence[Example], numbers: Sequence[int]) -> dict[str, Any]:
         del numbers
         image = np.stack([example.image_SxSx3 for example in examples]).astype(np.float32) / 255
-        z0 = encode(pipeline, params["vae_encoder"], split(image))
+        z0 = encode(pipeline, params["vae_encoder"], over_devices(image))
         text, pooled, _ = _condition(pipeline, params, [example.caption for example in examples])
         return {"z0": z0, "text": text, "pooled": pooled}
 
@@ -76,12 +76,12 @@ def encoded_latents(
         batch: pictures at a time.
         preset: see `encoded_pictures`.
     """
-    params = spread({name: pipeline.params[name] for name in ("vae_encoder", "vae_decoder")})
+    params = on_each_device({name: pipeline.params[name] for name in ("vae_encoder", "vae_decoder")})
 
     def arrays(examples: Sequence[Example], numbers: Sequence[int]) -> dict[str, Any]:
         del numbers
         image = np.stack([example.image_SxSx3 for example in examples]).astype(np.float32) / 255
-        z = encode(pipeline, params["vae_encoder"], split(image))
+        z = encode(pipeline, params["vae_encoder"], over_devices(image))
         picture = decode(pipeline, params["vae_decoder"], z)
         return {"z": np.asarray(z)[:, None], "picture": _bytes("picture", np.asarray(picture))}
 
@@ -124,7 +124,7 @@ def sampled_latents(
             f"{STEPS[-1]} steps; take a student of fewer windows"
         )
     names = ("text_encoder", "text_encoder_2", "vae_decoder")
-    params = spread({"unet": unet, **{name: pipeline.params[name] for name in names}})
+    params = on_each_device({"unet": unet, **{name: pipeline.params[name] for name in names}})
     config, size = pipeline.vae_decoder.config, pipeline.image_size
     shape = (size // config.downsampling, size // config.downsampling, config.latent_channels)
     noise_of = jax.jit(
@@ -134,8 +134,8 @@ def sampled_latents(
     def arrays(examples: Sequence[Example], numbers: Sequence[int]) -> dict[str, Any]:
         prompt = _condition(pipeline, params, [example.caption for example in examples])
         empty = _condition(pipeline, params, [""] * len(examples))
-        noise = split(np.asarray(noise_of(np.asarray(numbers))))
-        start = split(np.zeros(noise.shape, np.float32))
+        noise = over_devices(np.asarray(noise_of(np.asarray(numbers))))
+        start = over_devices(np.zeros(noise.shape, np.float32))
         z = [
             denoise(
                 pipeline, params["unet"], noise, prompt, empty, steps, guidance, start, 1.0, sampler=sampler
@@ -180,7 +180,7 @@ def caption_ids(
 def _condition(pipeline: Pipeline, params: Any, captions: Sequence[str]) -> Conditioning:
     ids_2xBxL, _ = caption_ids(pipeline, captions)
     size = (pipeline.image_size, pipeline.image_size)
-    return condition(pipeline, params, split(ids_2xBxL, axis=1), size=size)
+    return condition(pipeline, params, over_devices(ids_2xBxL, axis=1), size=size)
 
 
 def _build(
@@ -265,14 +265,14 @@ def whole_batch(batch: int) -> int:
     return -(-batch // devices) * devices
 
 
-def spread(params: Any) -> Any:
+def on_each_device(params: Any) -> Any:
     """Copy parameters to each of this process's devices."""
     if jax.local_device_count() == 1:
         return params
     return jax.device_put(params, replicated(make_mesh(devices=jax.local_devices())))
 
 
-def split(array: np.ndarray, axis: int = 0) -> Array:
+def over_devices(array: np.ndarray, axis: int = 0) -> Array:
     """Cut a batch over this process's devices."""
     if jax.local_device_count() == 1:
         return jnp.asarray(array)

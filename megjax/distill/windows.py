@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from megjax.diffusion import Conditioning, guided
 from megjax.distill.cache import Block, Cache, cached
-from megjax.distill.encoding import split, spread, stored, whole_batch
+from megjax.distill.encoding import on_each_device, over_devices, stored, whole_batch
 from megjax.distill.perflow import SolverOrder, noisy_start, solve_window, trajectory_windows
 from megjax.errors import MegError
 from megjax.models import time_ids
@@ -102,7 +102,7 @@ def solved_windows(
         _, (z_s, z_e) = jax.lax.scan(trajectory, ends, jnp.arange(len(window_J)))
         return z_s.swapaxes(0, 1), z_e.swapaxes(0, 1)
 
-    unet, batch = spread(pipeline.params["unet"]), whole_batch(batch)
+    unet, batch = on_each_device(pipeline.params["unet"]), whole_batch(batch)
 
     def compute(start: int, stop: int) -> Block:
         blocks = []
@@ -112,8 +112,8 @@ def solved_windows(
             padded = np.concatenate([numbers, np.repeat(numbers[-1:], batch - len(numbers))])
             some = [rows[int(n)] for n in padded]
             stacked = {name: np.stack([row[name] for row in some]) for name in some[0]}
-            given = (split(stacked[name].astype(np.float32)) for name in ("z0", "text", "pooled"))
-            z_s, z_e = solve(unet, split(padded), *given)
+            given = (over_devices(stacked[name].astype(np.float32)) for name in ("z0", "text", "pooled"))
+            z_s, z_e = solve(unet, over_devices(padded), *given)
             ends = {name: stored(name, np.asarray(z)) for name, z in (("z_s", z_s), ("z_e", z_e))}
             blocks.append({name: x[: len(numbers)] for name, x in (stacked | ends).items()})
         return Block({name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]})

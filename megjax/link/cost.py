@@ -19,7 +19,7 @@ class Workload(NamedTuple):
     unet_call_flops: Real = 5.73e12
     """One U-Net call."""
     calls_per_step: Real = 2
-    """U-Net calls, from the function of this name."""
+    """U-Net calls: 1 at guidance 1, else 2; see the function `calls_per_step`."""
     vae_decoder_flops: Real = 10.5e12
 
 

@@ -17,6 +17,9 @@ from megjax.errors import MegError
 from megjax.files import write_file
 from megjax.link.cost import SDXL, Compute, Workload
 
+DEVICES = ("phone_flagship", "phone_midrange", "paper_device")
+"""What a server's profile is completed with."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -80,7 +83,7 @@ AnyProfile: TypeAlias = Profile | StepProfile
 
 def names() -> tuple[str, ...]:
     """Return the names of the profiles that `load` knows."""
-    ends = ("paper_server", *_devices())
+    ends = ("paper_server", *DEVICES)
     return ("paper", "table2", *(name for name in _data()["machines"] if name not in ends))
 
 
@@ -103,7 +106,7 @@ def load(name: str | Path, device: str = "phone_flagship") -> AnyProfile:
         return StepProfile(name="table2", **data["table2"])
     machines = {key: Machine(**value) for key, value in data["machines"].items()}
     if device not in machines:
-        raise MegError(f"unknown device {device!r}: one of {', '.join(_devices())}")
+        raise MegError(f"unknown device {device!r}: one of {', '.join(DEVICES)}")
     if name == "paper":
         return Profile("paper", machines["paper_server"], machines["paper_device"])
     if name not in names():
@@ -113,7 +116,7 @@ def load(name: str | Path, device: str = "phone_flagship") -> AnyProfile:
     return Profile(str(name), machines[str(name)], machines[device])
 
 
-def save(profile: AnyProfile, path: Path) -> None:
+def save(path: Path, profile: AnyProfile) -> None:
     """Write a profile as JSON, atomically."""
     write_file(path, json.dumps(asdict(profile), indent=2))
 
@@ -156,10 +159,6 @@ def compute(
 
 def _data() -> dict[str, Any]:
     return json.loads(resources.files("megjax.link").joinpath("hardware.json").read_text())
-
-
-def _devices() -> tuple[str, ...]:
-    return ("phone_flagship", "phone_midrange", "paper_device")
 
 
 def _read(path: Path) -> AnyProfile:

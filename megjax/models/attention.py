@@ -140,7 +140,7 @@ def _blockwise_fwd(q: Array, k: Array, v: Array, block: int) -> tuple[Array, Any
 
 def _blockwise_bwd(block: int, residuals: Any, d_out_BxHxDxT: Array) -> tuple[Array, Array, Array]:
     q, k, v, out, lse_BxHxT = residuals
-    # The softmax's own gradient: what all of a query's probabilities lose together.
+    # The softmax's own gradient, FlashAttention's delta: sum over d of dO * O.
     lost_BxHxT = jnp.sum(d_out_BxHxDxT.astype(jnp.float32) * out.astype(jnp.float32), axis=2)
 
     def gradients(q: Array, d_out: Array, lse: Array, lost: Array) -> tuple[Array, Array, Array]:

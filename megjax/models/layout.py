@@ -30,7 +30,7 @@ class LayoutConfig(NamedTuple):
 
 
 class _Layout(nnx.Module):
-    """A learned query a cell asks the caption what is there, as the U-Net's pixels do when all is noise."""
+    """One learned query a cell attends to the caption, as the U-Net's pixels do when all is noise."""
 
     def __init__(self, config: LayoutConfig, options: Options, *, rngs: nnx.Rngs):
         self.side, dim = config.unet.sample_size // 2, config.unet.cross_attention_dim

@@ -187,7 +187,7 @@ def _normalisation(config: VAEConfig) -> tuple[jax.Array, jax.Array]:
 
 
 def latent_unit(config: VAEConfig) -> tuple[float, ...]:
-    """What one unit of the autoencoder's own latent is in the U-Net's, a channel: 0.13 of SDXL's."""
+    """Per channel, one unit of the raw latent in the normalised one: scaling_factor / std, 0.13 for SDXL."""
     std = config.latents_std or (1.0,) * config.latent_channels
     return tuple(config.scaling_factor / s for s in std)
 

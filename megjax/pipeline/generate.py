@@ -42,7 +42,7 @@ REFERENCE_STEPS = 12
 MAX_RATIO = {"default": 15 / 16, "paper": 1.0}
 
 MAX_ENLARGEMENT = 4
-"""A picture's side over the model's own: past it attention's memory, the fourth power, is all there is."""
+"""Largest side over the model's own: attention's memory grows with its fourth power."""
 
 
 @dataclasses.dataclass(frozen=True)

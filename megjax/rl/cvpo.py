@@ -68,6 +68,7 @@ class CvpoConfig:
     particles: int = 32
     """K, actions drawn in each state."""
     n_step: int = 2
+    """Frames of a critic's target before it bootstraps."""
     discount: float = 0.97
     target_rate: float = 0.05
     """Soft update of the target critics."""
@@ -85,12 +86,14 @@ class CvpoConfig:
     kl_bound: float = 0.1
     """eps_E."""
     dual_solver: DualSolver = "newton"
+    """Projected Newton, or the authors' gradient steps."""
     dual_iterations: int = 20
     dual_lr: float = 0.02
     """Of the gradient solver."""
     dual_max: float = 20.0
     """Of the gradient solver."""
     threshold: Threshold = "advantage"
+    """c of Eq. (40): `advantage`, d - J, or the authors' `value`, d / (1 - discount)."""
     feedback: float = 0.3
     """Share of d - J that one E-step may repair."""
     integral: float = 0.001
@@ -104,6 +107,7 @@ class CvpoConfig:
     std_anneal: float = 0.7
     """Share of the run over which the bounds go, geometrically, from start to end."""
     squash: Squash = "none"
+    """How the policy's mean is kept in [0, 1]: the environment clips, or by tanh (the authors')."""
 
 
 class CvpoState(NamedTuple):

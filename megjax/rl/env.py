@@ -25,7 +25,6 @@ Real: TypeAlias = float | int | Shaped[Array, "..."]
 Payload: TypeAlias = Callable[[Float[Array, ""]], Shaped[Array, ""]]
 """ratio -> bits of the message, side information included."""
 
-COSTS = ("latency_s", "energy_kj")
 """The cost vector's entries and units."""
 
 ANALYTIC_COMPUTE = Compute(

@@ -132,11 +132,11 @@ def e_step_newton(
         return jnp.where(held, 0.0, gradient)
 
     def proceed(carry: tuple) -> Array:
-        _, (_, gradient, _), x, _, iteration = carry
+        (_, gradient, _), x, _, iteration = carry
         return (jnp.max(jnp.abs(residual(x, gradient))) > tolerance) & (iteration < max_iterations)
 
     def body(carry: tuple) -> tuple:
-        _, here, x, damping, iteration = carry
+        here, x, damping, iteration = carry
         value, gradient, hessian = here
         free = residual(x, gradient) != 0.0
         both = free[:, None] & free[None, :]
@@ -158,22 +158,18 @@ def e_step_newton(
         damping = jnp.clip(
             jnp.where(accept, damping * 0.1, damping * 8.0), 1e-9 if dtype == jnp.float64 else 1e-6, 1e9
         )
-        return accept, here, x, damping, iteration + 1
+        return here, x, damping, iteration + 1
 
     start_eta = jax.lax.rsqrt(2.0 * kl_bound)  # exact for normal advantages and small bounds
-    start = jnp.concatenate([start_eta[None], jnp.zeros(m, dtype)])
+    cold = start = jnp.concatenate([start_eta[None], jnp.zeros(m, dtype)])
     if initial is not None:
         warm = jnp.concatenate([(initial.eta / reward_scale)[None], initial.lam * cost_scale / reward_scale])
-        start = jnp.where(jnp.all(jnp.isfinite(warm)), warm, start)
         # After an infeasible batch the way back from the bounds would cost more than a fresh start.
-        start = jnp.where(
-            jnp.max(warm[1:], initial=0.0) > 1e2,
-            jnp.concatenate([start_eta[None], jnp.zeros(m, dtype)]),
-            start,
-        )
+        usable = jnp.all(jnp.isfinite(warm)) & (jnp.max(warm[1:], initial=0.0) <= 1e2)
+        start = jnp.where(usable, warm, cold)
     start = jnp.clip(start, lower, upper)
-    carry = (jnp.array(True), evaluate(start), start, jnp.asarray(1e-4, dtype), jnp.zeros((), jnp.int32))
-    _, (_, gradient, _), x, _, iterations = jax.lax.while_loop(proceed, body, carry)
+    carry = (evaluate(start), start, jnp.asarray(1e-4, dtype), jnp.zeros((), jnp.int32))
+    (_, gradient, _), x, _, iterations = jax.lax.while_loop(proceed, body, carry)
     dual = Dual(x[0] * reward_scale, x[1:] * reward_scale / cost_scale)
     weights = jax.nn.softmax(((reward_R - x[1:] @ cost_MxR) / x[0]).reshape(shape), axis=1)
     return EStep(weights, dual, jnp.max(jnp.abs(residual(x, gradient))), iterations)

@@ -46,7 +46,6 @@ class MStep(NamedTuple):
     """Duals of the two KL bounds."""
     kl: Float[Array, " 2"]
     """KL of the mean and of the spread after the step."""
-    loss: Float[Array, ""]
 
 
 def m_step(
@@ -84,17 +83,15 @@ def m_step(
         penalty = region.box_penalty * jnp.mean(jnp.sum((outside / old.std) ** 2, axis=-1))
         return fit(new.mean, old.std) + fit(old.mean, new.std) + beta @ (kl - bounds) + penalty, kl
 
-    def iterate(carry: tuple, _: None) -> tuple[tuple, Array]:
+    def iterate(_: Any, carry: tuple) -> tuple:
         params, opt_state, beta = carry
-        (loss, kl), gradient = jax.value_and_grad(loss_of, has_aux=True)(params, beta)
+        gradient, kl = jax.grad(loss_of, has_aux=True)(params, beta)
         updates, opt_state = optimizer.update(gradient, opt_state, params)
         beta = jnp.clip(beta + region.dual_lr * (kl - bounds), 0.0, region.dual_max)
-        return (optax.apply_updates(params, updates), opt_state, beta), loss
+        return optax.apply_updates(params, updates), opt_state, beta
 
     start = params
-    (params, opt_state, beta), losses = jax.lax.scan(
-        iterate, (params, opt_state, beta), None, region.iterations
-    )
+    params, opt_state, beta = jax.lax.fori_loop(0, region.iterations, iterate, (params, opt_state, beta))
     kl = kl_of(policy(params))
     if region.project:
 
@@ -106,4 +103,4 @@ def m_step(
 
         # Thrice: the later corrections are for what the higher orders leave, and mostly do nothing.
         params, kl = jax.lax.fori_loop(0, 3, shorten, (params, kl))
-    return MStep(params, opt_state, beta, kl, losses[-1])
+    return MStep(params, opt_state, beta, kl)

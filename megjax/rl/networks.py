@@ -16,7 +16,10 @@ Mlp: TypeAlias = tuple[tuple[Array, Array], ...]
 Squash: TypeAlias = Literal["none", "tanh"]
 """How a policy's mean is kept in [0, 1]: not at all (the environment clips), or by tanh (the authors')."""
 
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": jax.nn.relu, "tanh": jnp.tanh}
+MOST_FRAMES = 1e6
+
+Activation: TypeAlias = Callable[[Array], Array]
+"""Between layers."""
 
 
 class Gaussian(NamedTuple):
@@ -48,12 +51,12 @@ def init_mlp(key: PRNGKeyArray, sizes: tuple[int, ...], last_scale: float = 1.0)
     return tuple(layers)
 
 
-def mlp(params: Mlp, x: Float[Array, "*b i"], activation: str = "relu") -> Float[Array, "*b o"]:
+def mlp(params: Mlp, x: Float[Array, "*b i"], activation: Activation = jax.nn.relu) -> Float[Array, "*b o"]:
     """Apply a multilayer perceptron."""
     for i, (weight, bias) in enumerate(params):
         x = add_bias(x @ weight, bias)
         if i < len(params) - 1:
-            x = _ACTIVATIONS[activation](x)
+            x = activation(x)
     return x
 
 
@@ -78,7 +81,7 @@ def policy(
     The standard deviation runs from the range's low to its high end through a sigmoid, so that a learner may
     anneal either.
     """
-    out = mlp(params, observation, "tanh" if squash == "none" else "relu")
+    out = mlp(params, observation, jnp.tanh if squash == "none" else jax.nn.relu)
     raw_mean, raw_std = jnp.split(out, 2, axis=-1)
     mean = 0.5 + 0.5 * (jnp.tanh(raw_mean) if squash == "tanh" else raw_mean)
     low, high = std_range
@@ -162,15 +165,15 @@ def init_moments(size: int) -> Moments:
     return Moments(jnp.zeros(()), jnp.zeros(size), jnp.ones(size))
 
 
-def update_moments(moments: Moments, observation: Float[Array, "n o"], max_count: float = 1e6) -> Moments:
-    """Fold a batch into the running moments; past `max_count` frames the oldest fade away."""
+def update_moments(moments: Moments, observation: Float[Array, "n o"]) -> Moments:
+    """Fold a batch into the running moments; past `MOST_FRAMES` the oldest fade away."""
     n = observation.shape[0]
     mean, var = jnp.mean(observation, axis=0), jnp.var(observation, axis=0)
     total = moments.count + n
     delta = mean - moments.mean
     share = n / total
     new_var = moments.var * (1 - share) + var * share + delta**2 * share * (1 - share)
-    return Moments(jnp.minimum(total, max_count), moments.mean + share * delta, new_var)
+    return Moments(jnp.minimum(total, MOST_FRAMES), moments.mean + share * delta, new_var)
 
 
 def normalise(moments: Moments, observation: Float[Array, "*b o"]) -> Float[Array, "*b o"]:

@@ -219,8 +219,8 @@ def make_ppo(config: PpoConfig, env: Env) -> Algorithm:
         seen = jax.tree.map(lambda x: x[:, config.greedy_envs :], seen)
 
         observation = networks.normalise(moments, seen.observation)
-        value = networks.mlp(state.critic, observation, "tanh")
-        successor_value = networks.mlp(state.critic, networks.normalise(moments, seen.successor), "tanh")
+        value = networks.mlp(state.critic, observation, jnp.tanh)
+        successor_value = networks.mlp(state.critic, networks.normalise(moments, seen.successor), jnp.tanh)
         # Values of signals less their running mean: the same advantages without a large constant to learn.
         # What has terminated is then worth -J / (1 - gamma), which enters as one more reward.
         centre = state.means.signal[:, None, None, :]
@@ -250,7 +250,7 @@ def make_ppo(config: PpoConfig, env: Env) -> Algorithm:
             surrogate = jnp.mean(jnp.minimum(ratio * advantage, clipped * advantage))
             outside = jnp.maximum(jnp.abs(new.mean - 0.5) - 0.5, 0.0)
             penalty = config.box_penalty * jnp.mean(jnp.sum((outside / old.std) ** 2, axis=-1))
-            error = jnp.mean(jnp.sum((networks.mlp(critic, observation, "tanh") - target) ** 2, axis=-1))
+            error = jnp.mean(jnp.sum((networks.mlp(critic, observation, jnp.tanh) - target) ** 2, axis=-1))
             kl = sum(jnp.mean(part) for part in networks.kl_parts(old, new))
             return -surrogate + penalty + error, jnp.asarray(kl)
 

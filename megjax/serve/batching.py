@@ -37,7 +37,7 @@ class Job:
 
 
 RESTART_S = 5
-"""What who meets a server that ends is told to wait."""
+"""Retry-After of a server that is shutting down; seconds."""
 
 Work = Callable[[Sequence[Job], int], Awaitable[Sequence[Any]]]
 """(jobs, batch size) -> each job's answer, or the exception that it is refused with."""

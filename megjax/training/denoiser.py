@@ -26,7 +26,7 @@ class Emphasis(NamedTuple):
 
 
 COARSE = Emphasis(850, float("inf"))
-"""Where the layout of a picture is decided and errors in eps are small: each counts as one in the picture."""
+"""From timestep 850, where layout is decided; an error in eps counts as the one that it makes in z_0."""
 
 
 class Captioned(NamedTuple):

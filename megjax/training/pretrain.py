@@ -75,7 +75,9 @@ class PretrainConfig:
     """Steps of the U-Net and the text encoders at the highest noise alone, where the layout is decided; 0
     likewise."""
     steps: int = 4000
+    """Of the U-Net's last stage."""
     batch: int = 64
+    """Of the U-Net's stages, as the next."""
     learning_rate: float = 1e-3
     pool: int = 40960
     """Scenes whose latents are computed once for the U-Net; a multiple of 256."""

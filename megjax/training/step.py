@@ -15,7 +15,7 @@ from megjax.errors import MegError
 
 
 class Share(NamedTuple):
-    """A mean over some of a batch's samples: of the parts of a batch, one may have none of them.
+    """A mean over some of a batch's samples, as sum and count: a part of the batch may have none of them.
 
     Args:
         total: sum over those that there are.

@@ -15,9 +15,9 @@ from configs.merging import TINY as STUDY
 from configs.quality_table import SMOKE
 from eval import backbone, bench, distillation, profile
 from eval.bench import policy as policy_bench
+from eval.metering import Measurement
 from eval.prompts import draw, prompts_of, refuse_windows
 from megjax.errors import MegError
-from megjax.link.metering import Measurement
 from megjax.link.profiles import load as load_profile
 from megjax.pipeline import load_pipeline
 from megjax.pipeline.split import condition, denoise

@@ -56,7 +56,7 @@ def test_every_profile_loads_and_says_where_it_is_from(name):
 @pytest.mark.parametrize("name", ["paper", "table2", "h100"])
 def test_a_saved_profile_comes_back(tmp_path, name):
     profile = profiles.load(name)
-    profiles.save(profile, tmp_path / "deep" / "mine.json")
+    profiles.save(tmp_path / "deep" / "mine.json", profile)
     assert profiles.load(tmp_path / "deep" / "mine.json") == profile
     assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep" / "mine.json"]
 
@@ -67,7 +67,7 @@ def test_errors_name_the_value(tmp_path):
     with pytest.raises(MegError, match=r"'toaster'.*phone"):
         profiles.load("a40", device="toaster")
     broken = tmp_path / "broken.json"
-    profiles.save(profiles.load("paper"), broken)
+    profiles.save(broken, profiles.load("paper"))
     good = json.loads(broken.read_text())
     for wrong in (
         {"name": "x"},

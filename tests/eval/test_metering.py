@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from eval import metering
+from eval.metering import Measurement, fit_line, measure
 from megjax.errors import MegError
-from megjax.link import metering
-from megjax.link.metering import Measurement, fit_line, measure
 
 
 @pytest.fixture
