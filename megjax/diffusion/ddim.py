@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +45,7 @@ How another solver spaces its steps (`use_karras_sigmas`) says nothing of the mo
 """
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["abar"], meta_fields=["spacing", "offset"])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """SDXL's scaled-linear schedule, the abar of Eq. (10).
@@ -58,8 +57,8 @@ class Schedule:
     """
 
     abar: Float[Array, " S"]
-    spacing: Spacing = "leading"
-    offset: int = 1
+    spacing: Spacing = dataclasses.field(default="leading", metadata={"static": True})
+    offset: int = dataclasses.field(default=1, metadata={"static": True})
 
 
 def schedule(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +22,8 @@ Leaf: TypeAlias = Any
 """A `Real` in a record. Unchecked, because JAX also rebuilds records with placeholders for leaves."""
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class LinkParams:
     """The link's parameters. Every number is a leaf, so it may be traced or vmapped."""
 
@@ -47,7 +48,7 @@ class LinkParams:
     """Maximum Doppler shift; 0 is a channel that stands still."""
     frame_s: Leaf = 3.0
     """Time between two frames."""
-    fading: Fading = flax.struct.field(pytree_node=False, default="none")
+    fading: Fading = field(default="none", metadata={"static": True})
 
     def __post_init__(self) -> None:
         if self.fading not in get_args(Fading):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -25,19 +24,13 @@ Real: TypeAlias = float | int | Shaped[Array, "..."]
 Payload: TypeAlias = Callable[[Float[Array, ""]], Shaped[Array, ""]]
 """ratio -> bits of the message, side information included."""
 
-"""The cost vector's entries and units."""
-
 ANALYTIC_COMPUTE = Compute(
     es_fixed_s=0.826, es_step_s=0.3007, ue_s=0.0, es_fixed_j=0.0, es_step_j=130.0, ue_j=0.0, fixed_j=250.0
 )
 """The reference problem `analytic`: 0.3007 T + 0.826 s and 0.13 T + 0.25 kJ."""
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["limits", "compute", "link", "psnr_db", "min_steps", "max_steps", "max_steps_in_episode"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class EnvParams:
     """What may differ between two runs of one compiled program; every number may be traced."""
