@@ -81,6 +81,14 @@ def expanded(path: str | Path) -> Path:
         raise MegError(f"{path}: {error}") from None
 
 
+def cache_folder() -> Path | None:
+    """Return `$XDG_CACHE_HOME/megjax`, or `~/.cache/megjax`; None for a user without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megjax"
+    except RuntimeError:
+        return None
+
+
 def _put(temporary: Path, place: Path) -> None:
     """Put a folder in another's place, which comes back if that fails."""
     old = place.with_name(f"{temporary.name}-old")

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from megjax.client.channel import Throughput
+from megjax.client.memory import recall, remember
+from megjax.compilation import keep_compilations
 from megjax.errors import MegError
-from megjax.files import replacing, replacing_folder, writable, writable_folder, write_file
+from megjax.files import cache_folder, replacing, replacing_folder, writable, writable_folder, write_file
 
 
 def test_a_file_is_replaced_whole_and_readable_by_others(tmp_path):
@@ -163,6 +166,22 @@ def test_names_too_long_and_a_full_disk_are_one_line(tmp_path, monkeypatch):
     with pytest.raises(MegError, match="model cannot be written: No space left on"), whole as temporary:
         (temporary / "part").write_bytes(b"part")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "/else")
+    assert cache_folder() == Path("/else/megjax")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "megjax"
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    assert cache_folder() is None
+    keep_compilations()
+    remember("http://edge", Throughput(1.0, 1.0))
+    assert recall("http://edge") == Throughput()
 
 
 def test_folders_that_cannot_be_written_are_refused(tmp_path):

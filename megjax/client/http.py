@@ -7,7 +7,6 @@ import dataclasses
 import email.utils
 import itertools
 import json
-import math
 import os
 import random
 import time
@@ -258,7 +257,8 @@ def _body(request: PictureRequest, channel: Channel | None, throughput: Throughp
     if request.limits is not None:
         body["limits"] = dict(zip(("latency_s", "energy_j"), request.limits, strict=True))
     if channel is not None:
-        psnr_db = channel.psnr_db if math.isfinite(channel.psnr_db) else None
+        # Beyond what a server takes there is no noise to speak of.
+        psnr_db = channel.psnr_db if channel.psnr_db <= 200 else None
         body["channel"] = {"rate_bps": channel.rate_bps, "psnr_db": psnr_db}
     elif throughput.rate_bps is not None:
         body["channel"] = {"rate_bps": throughput.rate_bps, "psnr_db": None}

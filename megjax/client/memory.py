@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
-from pathlib import Path
 from typing import Any
 
 from megjax.client.channel import Throughput
 from megjax.errors import MegError
-from megjax.files import write_file
+from megjax.files import cache_folder, write_file
+
+FILE = "links.json"
 
 LASTS_S = 600.0
 """A measurement that is older is forgotten."""
@@ -55,18 +55,16 @@ def remember(server: str, known: Throughput, now_s: float | None = None) -> None
         and now_s - entry["at_s"] <= LASTS_S
     }
     entries[server] = {"bits": known.bits, "seconds": known.seconds, "at_s": now_s}
-    path = _path()
-    with contextlib.suppress(MegError):
-        write_file(path, json.dumps(entries))
-
-
-def _path() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megjax" / "links.json"
+    if (folder := cache_folder()) is not None:
+        with contextlib.suppress(MegError):
+            write_file(folder / FILE, json.dumps(entries))
 
 
 def _read() -> dict[str, Any]:
+    if (folder := cache_folder()) is None:
+        return {}
     try:
-        entries = json.loads(_path().read_text())
+        entries = json.loads((folder / FILE).read_text())
     except (OSError, ValueError, RecursionError):
         return {}
     return entries if isinstance(entries, dict) else {}

@@ -333,5 +333,7 @@ def shuffled_batches(rows: Rows, batch: int, seed: int, part: tuple[int, int] = 
         raise MegError(
             f"batch {batch}: must divide by its {count} parts and be at most the {len(rows)} examples"
         )
-    data = grain.MapDataset.source(rows).seed(seed).shuffle().repeat().batch(batch // count)[index::count]
+    endless = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+    # Whole batches alone: of an endless source there are no others, and Grain's count of them would overflow.
+    data = endless.batch(batch // count, drop_remainder=True)[index::count]
     return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)))

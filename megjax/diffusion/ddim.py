@@ -183,14 +183,16 @@ def ddim(
     Returns:
         The denoised latents.
     """
-    B = z_BxHxWxC.shape[0]
+    B, dtype = z_BxHxWxC.shape[0], z_BxHxWxC.dtype
     steps, start = jnp.asarray(steps, jnp.int32), jnp.asarray(start, jnp.int32)
 
     def body(i: Array, z: Array) -> Array:
         t, t_next = ddim_timesteps(sched, steps, i)
         abar, abar_next = sched.abar[t], sched.abar[jnp.maximum(t_next, 0)]
-        eps = denoise(z, jnp.full((B,), t))
+        eps = denoise(z.astype(dtype), jnp.full((B,), t)).astype(z.dtype)
         z0 = (z - jnp.sqrt(1 - abar) * eps) / jnp.sqrt(abar)
-        return jnp.sqrt(abar_next) * z0 + jnp.sqrt(1 - abar_next) * eps
+        return (jnp.sqrt(abar_next) * z0 + jnp.sqrt(1 - abar_next) * eps).astype(z.dtype)
 
-    return jax.lax.fori_loop(start, steps, body, z_BxHxWxC)
+    # Sixteen bits are too few for the sum of many small steps.
+    carried = z_BxHxWxC.astype(jnp.promote_types(dtype, jnp.float32))
+    return jax.lax.fori_loop(start, steps, body, carried).astype(dtype)

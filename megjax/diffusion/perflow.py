@@ -225,8 +225,15 @@ def perflow(
     if isinstance(steps, (int, np.integer)) and steps < windows:
         raise MegError(f"steps {steps}: a flow of {windows} windows needs at least {windows}")
 
+    dtype = z_BxHxWxC.dtype
+
+    def follow(z: Array, t_B: Array) -> Array:
+        return student(z.astype(dtype), t_B).astype(z.dtype)
+
     def body(i: Array, z: Array) -> Array:
-        return perflow_step(student, z, sched, *perflow_timesteps(sched, steps, i, windows), kind, windows)
+        return perflow_step(follow, z, sched, *perflow_timesteps(sched, steps, i, windows), kind, windows)
 
     steps, start = jnp.asarray(steps, jnp.int32), jnp.asarray(start, jnp.int32)
-    return jax.lax.fori_loop(start, jnp.maximum(steps, windows), body, z_BxHxWxC)
+    # Sixteen bits are too few for the times and the sum of many small steps.
+    carried = z_BxHxWxC.astype(jnp.promote_types(dtype, jnp.float32))
+    return jax.lax.fori_loop(start, jnp.maximum(steps, windows), body, carried).astype(dtype)

@@ -36,10 +36,10 @@ from megjax.distill.export import on_every_process, save_weights
 from megjax.distill.pruning import init_gate
 from megjax.errors import MegError
 from megjax.files import writable_folder
-from megjax.link.features import FeatureRules
+from megjax.link.features import PSNR_DB, FeatureRules
 from megjax.models import Network, Options, Params, VAEConfig, read, vae_decoder
-from megjax.pipeline.load import DECODERS, GATE_FILE, Pipeline, load_pipeline, read_gate, release
-from megjax.pipeline.split import noise_unit
+from megjax.pipeline.load import DECODERS, GATE_FILE, STUDENT, Pipeline, load_pipeline, read_gate, release
+from megjax.pipeline.split import noise_unit, unet_params
 from megjax.training.checkpoints import claim
 from megjax.training.logs import Report, Work, counted_work
 from megjax.training.loop import Evaluate, check_run, fit
@@ -108,7 +108,8 @@ class DecoderConfig:
     held_out: int = 64
     """The last so many examples are evaluated on."""
     test_ratios: tuple[float, ...] = (0.0, 0.2, 0.4, 0.8)
-    test_psnr_db: float = 10.0
+    test_psnr_db: float | None = None
+    """Left out, the rules' own: 10, of the paper 20."""
     every: int = 100
     checkpoint_every: int = 500
     evaluate_every: int = 500
@@ -301,7 +302,12 @@ def train_decoder(config: DecoderConfig) -> Path:
 
 def _meaning(config: DecoderConfig, pipeline: Pipeline) -> dict[str, Any]:
     """What a run's checkpoints are of, beyond their shapes."""
-    return {"rules": config.rules, "vae": model_key(pipeline, ("vae",))}
+    meaning = {"rules": config.rules, "latents": config.latents, "vae": model_key(pipeline, ("vae",))}
+    if config.latents == "sampled":
+        sampler = unet_params(pipeline)[1]
+        unet = STUDENT if sampler == "perflow" else "unet"
+        meaning |= {"unet": model_key(pipeline, (unet, "scheduler")), "guidance": config.guidance}
+    return meaning
 
 
 def _work(config: DecoderConfig, pipeline: Pipeline, rows: Cache) -> Work:
@@ -336,6 +342,7 @@ def _evaluation(config: DecoderConfig, decoder: Network, rows: Cache, mesh: Mesh
     key = jax.random.key(config.seed + 2)
     # As many at a time as a step has: all of them might not fit.
     parts = np.array_split(np.arange(config.held_out, dtype=np.int32), -(-config.held_out // config.batch))
+    test_psnr_db = PSNR_DB[config.rules] if config.test_psnr_db is None else config.test_psnr_db
     # The longest run's latents: there only merging and noise count.
     longest = data["z"][:, -1].astype(np.float32)
     given = [place((own, longest[own]), (even_sharding(len(own), mesh),) * 2) for own in parts]
@@ -343,7 +350,7 @@ def _evaluation(config: DecoderConfig, decoder: Network, rows: Cache, mesh: Mesh
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def decoded(params: Params, numbers: Array, z: Array, ratio: Array) -> Array:
         keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(numbers)
-        psnr_db = jnp.float32(config.test_psnr_db)
+        psnr_db = jnp.float32(test_psnr_db)
         received, _ = jax.vmap(degrade, in_axes=(None, 0, 0, None, None))(params, keys, z, ratio, psnr_db)
         return jnp.clip(decoder(params["decoder"], received), 0.0, 1.0)
 

@@ -376,7 +376,8 @@ def _meaning(config: DiffuserConfig, pipeline: Pipeline) -> dict[str, Any]:
     """What a run's checkpoints are of, beyond their shapes."""
     flow = Flow(config.kind, config.windows)._asdict()
     scale = {"lora_scale": config.lora_scale} if config.lora_rank else {}
-    return flow | scale | {"teacher": model_key(pipeline, ("unet", "scheduler"))}
+    teacher = {"teacher": model_key(pipeline, ("unet", "scheduler")), "guidance": config.guidance}
+    return flow | scale | teacher | {"optimizer": config.optimizer}
 
 
 def _started(folder: Path, config: DiffuserConfig, pipeline: Pipeline, shares: PyTree) -> Params:

@@ -128,7 +128,7 @@ def sampled_latents(
     config, size = pipeline.vae_decoder.config, pipeline.image_size
     shape = (size // config.downsampling, size // config.downsampling, config.latent_channels)
     noise_of = jax.jit(
-        jax.vmap(lambda n: jax.random.normal(jax.random.fold_in(jax.random.key(seed), n), shape))
+        jax.vmap(lambda n: jax.random.normal(jax.random.fold_in(jax.random.key(seed), n), shape, jnp.float32))
     )
 
     def arrays(examples: Sequence[Example], numbers: Sequence[int]) -> dict[str, Any]:

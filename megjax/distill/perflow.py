@@ -249,7 +249,7 @@ def window_target(
     """
     key_t, key_noise = jax.random.split(key)
     times = draw_times(key_t, len(z0_BxHxWxC), sched, windows, draws, start_share)
-    noise = jax.random.normal(key_noise, z0_BxHxWxC.shape)
+    noise = jax.random.normal(key_noise, z0_BxHxWxC.shape, z0_BxHxWxC.dtype)
     start_B, end_B = times.start_B, times.end_B
     z_s = noisy_start(noise, z0_BxHxWxC, sched, start_B, pure_noise)
     z_e = solve_window(teacher, z_s, start_B, end_B, sched, solver_steps, solver_order)

@@ -86,4 +86,4 @@ def send_pruned(
     sigma = from_db(-jnp.asarray(psnr_db, jnp.float32) / 2.0)
     rms = message_rms(x_n, kept_n) if unit is None else jnp.tile(jnp.array(unit), x_n.size // len(unit))
     sigma = sigma * rms
-    return jnp.where(kept_n, x_n + sigma * jax.random.normal(key, x_n.shape), 0.0)
+    return jnp.where(kept_n, x_n + sigma * jax.random.normal(key, x_n.shape, x_n.dtype), 0.0)

@@ -91,14 +91,14 @@ def solved_windows(
         def trajectory(ends: Array, j: Array) -> tuple[Array, tuple[Array, Array]]:
             start, end = (jnp.full(B, (windows - window_J[j] - i) * S // windows) for i in (0, 1))
             one_key = jax.vmap(lambda key: jax.random.fold_in(key, j))(keys)
-            noise = jax.vmap(lambda key: jax.random.normal(key, z0.shape[1:]))(one_key)
+            noise = jax.vmap(lambda key: jax.random.normal(key, z0.shape[1:], z0.dtype))(one_key)
             z_s = noisy_start(noise, z0, sched, start, pure_noise=pure_noise)
             if chained:
                 z_s = jnp.where(window_J[j] > 0, ends[draw_J[j]], z_s)
             z_e = solve_window(teacher, z_s, start, end, sched, solver_steps, solver_order)
             return ends.at[draw_J[j]].set(z_e), (z_s, z_e)
 
-        ends = jnp.zeros((max(draws, default=1), *z0.shape))
+        ends = jnp.zeros((max(draws, default=1), *z0.shape), z0.dtype)
         _, (z_s, z_e) = jax.lax.scan(trajectory, ends, jnp.arange(len(window_J)))
         return z_s.swapaxes(0, 1), z_e.swapaxes(0, 1)
 

@@ -122,7 +122,10 @@ def next_fading(key: PRNGKeyArray, fading: Complex[Array, "*b"], params: LinkPar
     The correlation rho = J0(2 pi f_d tau) is Jakes' at one frame; after k frames it is rho^k.
     """
     rho = doppler_correlation(params.doppler_hz, params.frame_s)
-    return rho * fading + jnp.sqrt(1.0 - rho**2) * sample_fading(key, fading.shape)
+    rest = 1.0 - rho**2
+    # A channel that stands still has none, and a root no slope there.
+    renewed = jnp.where(rest > 0, jnp.sqrt(jnp.where(rest > 0, rest, 1.0)), 0.0)
+    return rho * fading + renewed * sample_fading(key, fading.shape)
 
 
 def fading_power(fading: Complex[Array, "*b"], params: LinkParams) -> Float[Array, "*b"]:
@@ -134,8 +137,10 @@ def fading_power(fading: Complex[Array, "*b"], params: LinkParams) -> Float[Arra
         return jnp.ones_like(fading.real)
     if params.fading == "rayleigh":
         return fading.real**2 + fading.imag**2
-    k = from_db(params.rician_k_db)
-    return ((jnp.sqrt(k) + fading.real) ** 2 + fading.imag**2) / (k + 1.0)
+    # K / (K + 1) and 1 / (K + 1), whatever K is.
+    nepers = params.rician_k_db * _NEPERS_PER_DB
+    seen, scattered = (jnp.sqrt(jax.nn.sigmoid(jnp.asarray(sign * nepers))) for sign in (1.0, -1.0))
+    return (seen + scattered * fading.real) ** 2 + (scattered * fading.imag) ** 2
 
 
 def doppler_correlation(doppler_hz: Real, interval_s: Real) -> Float[Array, "*shape"]:

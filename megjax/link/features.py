@@ -60,7 +60,7 @@ def transmit(
         scale = scale * jnp.where(power > 0, jnp.sqrt(jnp.where(power > 0, power, 1.0)), 0.0)[..., None, None]
     else:
         scale = scale * jnp.asarray(unit_D, jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
-    noise = scale * jax.random.normal(key, x.shape)
+    noise = scale * jax.random.normal(key, x.shape, x.dtype)
     if count is not None:
         noise = jnp.where(valid[..., None], noise, 0.0)
     return (x + noise).astype(tokens_MxD.dtype)

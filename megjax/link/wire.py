@@ -92,7 +92,10 @@ def encode(
         if value not in known:
             raise MegError(f"{name} {value!r}: choose from {', '.join(known)}")
     if np.shape(key_data) != (2,):
-        raise MegError(f"key data of shape {np.shape(key_data)}: the wire carries threefry2x32 keys, (2,)")
+        raise MegError(
+            f"key data of shape {np.shape(key_data)}: the wire carries threefry2x32 keys, (2,); make one by "
+            'jax.random.key(seed, impl="threefry2x32")'
+        )
     rows, channels = features_MxD.shape
     rounds: Rounds = 2 if len(index_map) == 2 else 1
     ratio = np.float32(np.asarray(ratio))
@@ -186,11 +189,14 @@ def _pack_map(index_map: Sequence[RoundMap], counts: tuple[int, ...], grid: Grid
     bits = []
     for (merged_A, best_A), count in zip(index_map, counts, strict=True):
         sources, destinations = partition_sizes(grid)
-        chosen = best_A[merged_A]
-        if merged_A.shape != (sources,) or best_A.shape != (sources,) or chosen.size != count:
+        if merged_A.shape != (sources,) or best_A.shape != (sources,) or np.sum(merged_A) != count:
             raise MegError(
-                f"index map of {merged_A.size} sources, {chosen.size} merged: need {sources} and {count}"
+                f"index map of {merged_A.size} and {best_A.size} sources, {np.sum(merged_A)} merged: need "
+                f"{sources} and {count}"
             )
+        if merged_A.dtype != bool or not np.issubdtype(best_A.dtype, np.integer):
+            raise MegError(f"index map of {merged_A.dtype} and {best_A.dtype}: give booleans and integers")
+        chosen = best_A[merged_A]
         if count and not 0 <= chosen.min() <= chosen.max() < destinations:
             raise MegError(f"index map names destinations {chosen.min()} to {chosen.max()} of {destinations}")
         if 0 < count < sources:

@@ -30,8 +30,11 @@ def partition(key: PRNGKeyArray, grid: Grid, rounds: Rounds = 2) -> tuple[Partit
     partitions = []
     for r in range(rounds):
         cells = partition_sizes(grid)[1]
-        # Two bits of each draw: equal on every backend, and not tied to how `randint` maps bits to integers.
-        corner_B = (jax.random.bits(jax.random.fold_in(key, r), (cells,), jnp.uint32) & 3).astype(jnp.int32)
+        # Two bits of each draw: equal on every backend, and not tied to how `randint` maps bits to integers,
+        # nor to a flag that the ends of a link may have set differently.
+        with jax.threefry_partitionable(True):
+            bits_B = jax.random.bits(jax.random.fold_in(key, r), (cells,), jnp.uint32)
+        corner_B = (bits_B & 3).astype(jnp.int32)
         partitions.append(partition_from_corners(corner_B, grid))
         grid = half(grid)
     return tuple(partitions)

@@ -21,8 +21,8 @@ def highest(score_A: Float[Array, " A"], count: Count) -> Bool[Array, " A"]:
 def kth_by_bisection(rank_A: UInt32[Array, " A"], count: Count) -> UInt32[Array, ""]:
     """Return the `count`-th highest rank bit by bit: 32 vector passes, far faster than a sort on a CPU."""
 
-    def next_bit(i: Array, least: Array) -> Array:
-        higher = least | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+    def next_bit(i: Array | int, least: Array) -> Array:
+        higher = least | (jnp.uint32(1) << jnp.asarray(31 - i, jnp.uint32))
         return jnp.where(jnp.sum(rank_A >= higher, dtype=jnp.int32) >= count, higher, least)
 
     return jax.lax.fori_loop(0, 32, next_bit, jnp.uint32(0))

@@ -267,9 +267,10 @@ def _denoiser(
     prompt, *empty = (condition(pipeline, params, jnp.asarray(i), size=(height, width)) for i in read)
     config = pipeline.vae_decoder.config
     latent = (1, height // config.downsampling, width // config.downsampling, config.latent_channels)
-    noise = jax.random.normal(request_keys(request.seed).noise, latent)
+    # A seed's picture is the same whatever JAX's default is.
+    noise = jax.random.normal(request_keys(request.seed).noise, latent, jnp.float32)
     if init_image_HxWx3 is None:
-        start, strength = jnp.zeros(latent), 1.0
+        start, strength = jnp.zeros(latent, jnp.float32), 1.0
     else:
         on_stage("VAE encoder")
         start = encode(pipeline, params["vae_encoder"], jnp.asarray(init_image_HxWx3, jnp.float32)[None])

@@ -64,8 +64,8 @@ class RequestKeys(NamedTuple):
 
 
 def request_keys(seed: UInt32[Array, ""] | int) -> RequestKeys:
-    """Split a request's seed into its keys."""
-    noise, link = jax.random.split(jax.random.key(seed))
+    """Split a request's seed into its keys, of the generator that messages name partitions by."""
+    noise, link = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
     return RequestKeys(noise, link, *_link_keys(link))
 
 

@@ -58,7 +58,9 @@ def viewer(device: Device) -> Show:
             x_NxD = content["features"]
             sigma = from_db(-psnr_db / 2.0) * jnp.sqrt(power)
             valid_N = jnp.arange(x_NxD.shape[0]) < count
-            noise_NxD = jnp.where(valid_N[:, None], sigma * jax.random.normal(key, x_NxD.shape), 0.0)
+            noise_NxD = jnp.where(
+                valid_N[:, None], sigma * jax.random.normal(key, x_NxD.shape, x_NxD.dtype), 0.0
+            )
             return receive({**content, "features": x_NxD + noise_NxD})
 
         return show

@@ -82,6 +82,15 @@ def check_settings(config: Any) -> None:
     # It also bounds the temperature that the particles' weights are divided by.
     if getattr(config, "dual_solver", None) == "gradient" and config.dual_max == 0:
         raise MegError("dual_max 0: must be above 0 under dual_solver gradient")
+    if (
+        hasattr(config, "particles")
+        and config.particles >= 2
+        and config.kl_bound >= math.log(config.particles)
+    ):
+        raise MegError(
+            f"kl_bound {config.kl_bound}: no weights of {config.particles} particles differ by "
+            f"{math.log(config.particles):.3g} or more; take less, or more particles"
+        )
     for path, value in jax.tree.leaves_with_path(dataclasses.asdict(config)):
         name = [step.key for step in path if isinstance(step, jax.tree_util.DictKey)][-1]
         _, allows, text = next((rule for rule in _ALLOWED if name in rule[0]), _REST)

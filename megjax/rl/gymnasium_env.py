@@ -36,7 +36,7 @@ class MegEnv(gymnasium.Env):
         super().reset(seed=seed)
         self._key, key = _split(_drawn_key(self.np_random))
         observation, self._state = self._reset(key, self._params)
-        return np.asarray(observation), {}
+        return np.asarray(observation, np.float32), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Send one frame."""
@@ -47,7 +47,7 @@ class MegEnv(gymnasium.Env):
         )
         # The state is already the next episode's if this one ended; gymnasium wants the last one's
         # observation.
-        observation = np.asarray(info.pop("final_observation"))
+        observation = np.asarray(info.pop("final_observation"), np.float32)
         info = {name: np.asarray(value) for name, value in info.items()}
         info["cost"] = self._cost_of(info["cost"])
         return observation, float(reward), bool(terminated), bool(truncated), info
@@ -89,7 +89,7 @@ class MegVectorEnv(gymnasium.vector.VectorEnv):
         super().reset(seed=seed)
         self._key, key = _split(_drawn_key(self.np_random))
         observation, self._state = self._reset(key)
-        return np.asarray(observation), {}
+        return np.asarray(observation, np.float32), {}
 
     def step(
         self, actions: np.ndarray
@@ -101,7 +101,7 @@ class MegVectorEnv(gymnasium.vector.VectorEnv):
         )
         info = {name: np.asarray(value) for name, value in info.items()}
         info["cost"] = np.asarray(self._cost_of(info["cost"]))
-        final = info.pop("final_observation")
+        final = info.pop("final_observation").astype(np.float32)
         ended = np.asarray(terminated | truncated)
         infos: dict[str, Any] = _masked(info, np.ones(self.num_envs, bool))
         if ended.any():
@@ -111,7 +111,7 @@ class MegVectorEnv(gymnasium.vector.VectorEnv):
             infos |= {"final_obs": rows, "_final_obs": ended}
             infos |= {"final_info": _masked(info, ended), "_final_info": ended}
         ends = np.asarray(terminated), np.asarray(truncated)
-        return np.asarray(observation), np.asarray(reward), *ends, infos
+        return np.asarray(observation, np.float32), np.asarray(reward), *ends, infos
 
 
 def _drawn_key(rng: np.random.Generator) -> jax.Array:

@@ -104,13 +104,14 @@ def act(
     observation = [snr_db, latency_s, energy_kj]
     if policy.info.conditioned:
         limits = limits if limits is not None else trained[len(trained) // 2]
+        lowest, highest = limit_range(policy)
         if not keeps(policy, limits):
-            lowest, highest = limit_range(policy)
             raise MegError(
                 f"this policy keeps limits from {tuple(lowest.tolist())} to {tuple(highest.tolist())}, "
                 f"not {tuple(limits)}"
             )
-        observation += list(limits)
+        # What all its limits share it has never seen differ: there a thousandth would be an outlier.
+        observation += np.clip(limits, lowest, highest).tolist()
     elif limits is not None and not keeps(policy, limits):
         raise MegError(f"this policy was trained for the limits {trained[0]}, not {tuple(limits)}")
     found = gaussian(policy.params, jnp.asarray(observation, jnp.float32), policy.info.squash)

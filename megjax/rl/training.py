@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
+import functools
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.sharding import AxisType, PartitionSpec
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -32,6 +32,7 @@ from megjax.rl.policy import Policy, PolicyInfo, gaussian, save_policy, stacked
 from megjax.rl.ppo import PpoConfig, make_ppo
 from megjax.rl.problem import ANALYTIC, Problem, environment, measured, tabulate
 from megjax.rl.quality import load_table
+from megjax.training.checkpoints import open_checkpoints, restore, save, seal
 
 Batching: TypeAlias = Literal["auto", "map", "vmap"]
 """How the runs of one device share it: one after the other (faster on CPUs) or side by side; auto asks it."""
@@ -237,14 +238,13 @@ def _fit(
 
     states = jax.jit(over_runs(init))(keys, limits)
     advance = jax.jit(over_runs(advance), donate_argnums=2)
-    options = ocp.CheckpointManagerOptions(max_to_keep=1)
     log_path = config.folder / "curves.jsonl"
-    with ocp.CheckpointManager((config.folder / "checkpoints").absolute(), options=options) as manager:
+    say = functools.partial(print, file=sys.stderr)
+    with open_checkpoints(config.folder / "checkpoints", say, keep=2, best=None) as manager:
         leaves, structure = jax.tree.flatten(states)
-        if (latest := manager.latest_step()) is not None:
-            leaves = manager.restore(latest, args=ocp.args.StandardRestore(leaves))
-            states = jax.tree.unflatten(structure, leaves)
-        first = latest or 0
+        first = 0
+        if restored := restore(manager, leaves, say):
+            states, first = jax.tree.unflatten(structure, restored.state), restored.step
         parts = -(-algorithm.epochs // chunk)
         _keep_lines(log_path, min(first * chunk, algorithm.epochs))
         with log_path.open("a") as log:
@@ -256,10 +256,10 @@ def _fit(
                 seconds = time.perf_counter() - start
                 _log(log, metrics, runs, min((part + 1) * chunk, algorithm.epochs), seconds, best)
                 if (part + 1) % config.checkpoint_every == 0 or part + 1 == parts:
-                    manager.save(part + 1, args=ocp.args.StandardSave(jax.tree.leaves(states)))
+                    seal(manager)
+                    save(manager, part + 1, jax.tree.leaves(states))
                 reward, cost = np.mean(metrics["reward"]), np.mean(metrics["cost"], axis=(0, 1))
                 report((part + 1) / parts, f"reward {reward:.3f}, {cost[0]:.3f} s, {cost[1]:.3f} kJ")
-        manager.wait_until_finished()
     draw(log_path, config.folder / "curves.png")
     return states
 
@@ -371,12 +371,33 @@ def _claim(config: PolicyRunConfig, table: optimum.Tables) -> None:
     fields = {
         k: v for k, v in dataclasses.asdict(config).items() if k not in ("folder", "batching", "episodes")
     }
-    # Rewards and costs say which problem it is, however it was given.
-    numbers = np.ascontiguousarray(table.rewards_SxA).tobytes() + table.costs_SxAxM.tobytes()
-    known = {"learner": type(config.learner).__name__, "problem": hashlib.sha256(numbers).hexdigest()[:16]}
-    text = json.dumps({"kind": known, **fields}, indent=2)
-    if path.exists() and path.read_text() != text:
-        raise MegError(
-            f"{config.folder} holds a run with other settings: choose another --folder or remove it"
-        )
-    write_file(path, text)
+    fields |= {"kind": type(config.learner).__name__, "problem": _fingerprint(table)}
+    here = json.loads(json.dumps(fields, default=str))
+    if path.exists():
+        try:
+            there = json.loads(path.read_text())
+        except ValueError:
+            raise MegError(f"{path}: not valid JSON; mend it, or choose another --folder") from None
+        if different := sorted(name for name in here.keys() | there if not _same(here, there, name)):
+            raise MegError(
+                f"{config.folder} holds a run with other settings ({', '.join(different)}): choose another "
+                "--folder or remove it"
+            )
+    write_file(path, json.dumps(here, indent=2))
+
+
+def _fingerprint(table: optimum.Tables) -> list[float]:
+    """Rewards and costs of some actions: they say which problem it is, however it was given."""
+    means_AxQ = np.concatenate([table.rewards_SxA[..., None], table.costs_SxAxM], axis=-1).mean(axis=0)
+    some = np.linspace(0, len(means_AxQ) - 1, 16).astype(int)
+    return np.asarray(means_AxQ[some], np.float64).ravel().tolist()
+
+
+def _same(here: dict[str, Any], there: dict[str, Any], name: str) -> bool:
+    """Whether two runs agree in a setting; the problem's numbers differ a little between machines."""
+    ours, theirs = here.get(name), there.get(name)
+    if name != "problem":
+        return ours == theirs
+    if not isinstance(theirs, list) or len(theirs) != len(here[name]):
+        return False
+    return np.allclose(np.asarray(theirs, float), np.asarray(ours, float), rtol=1e-4, atol=1e-6)

@@ -199,8 +199,8 @@ def denoise_rows(
 
     def row(seed: Array, prompt: Conditioning, empty: Conditioning, steps: Array, guidance: Array) -> Array:
         prompt, empty = jax.tree.map(lambda x: x[None], (prompt, empty))
-        noise = jax.random.normal(request_keys(seed).noise, shape)
-        start = jnp.zeros(shape)
+        noise = jax.random.normal(request_keys(seed).noise, shape, jnp.float32)
+        start = jnp.zeros(shape, jnp.float32)
         given = (params, noise, prompt, empty, steps, guidance, start, 1.0)
         return denoise(pipeline, *given, sampler=sampler, tome_ratio=tome_ratio)[0]
 

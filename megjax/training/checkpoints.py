@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jaxtyping import Array, Key
+from jaxtyping import Array, Key, PyTree
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from megjax.errors import MegError
@@ -35,6 +35,10 @@ Say = Callable[[str], None]
 
 CHECKSUM_BYTES = 1 << 20
 """Files up to this size are compared by checksum too; for the others Orbax's own must do."""
+
+
+_DAMAGE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""Errors of the system that tell of what is stored; all others may be over at the next start."""
 
 
 class Position(NamedTuple):
@@ -51,11 +55,16 @@ class Position(NamedTuple):
     in_a_row: int = 0
 
 
+START = Position()
+
+
 class Restored(NamedTuple):
     """What a run goes on from."""
 
-    state: TrainState
+    state: Any
+    """Of the structure that was asked for."""
     position: Position
+    step: int
 
 
 def require_room(folder: Path, state: TrainState, copies: int) -> None:
@@ -122,7 +131,7 @@ def claim(folder: Path, name: str, what: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def open_checkpoints(
-    folder: Path, say: Say, *, keep: int = 2, best: str = "loss"
+    folder: Path, say: Say, *, keep: int = 2, best: str | None = "loss"
 ) -> Iterator[ocp.CheckpointManager]:
     """Open a folder of checkpoints, moving damaged ones aside first.
 
@@ -130,12 +139,16 @@ def open_checkpoints(
         folder: made if need be.
         say: told of each damaged one.
         keep: the last so many are kept, and one more, the best.
-        best: name of the metric, given to `save`, that is lowest in the best.
+        best: name of the metric, given to `save`, that is lowest in the best; None keeps none for that.
     """
 
     def metric(metrics: dict[str, float]) -> float:
-        value = metrics.get(best, math.inf)
+        value = metrics.get(best, math.inf) if best is not None else math.inf
         return value if math.isfinite(value) else math.inf
+
+    kept: list[Any] = [LatestN(keep)]
+    if best is not None:
+        kept.append(BestN(get_metric_fn=metric, reverse=True, n=1, keep_checkpoints_without_metrics=False))
 
     if jax.process_index() == 0:
         for path in sorted(_steps(folder), key=lambda p: int(p.name)):
@@ -143,14 +156,9 @@ def open_checkpoints(
                 _set_aside(path, complaint, say)
     together("checkpoints checked")
     options = ocp.CheckpointManagerOptions(
-        best_fn=metric,
+        best_fn=None if best is None else metric,
         best_mode="min",
-        preservation_policy=AnyPreservationPolicy(
-            [
-                LatestN(keep),
-                BestN(get_metric_fn=metric, reverse=True, n=1, keep_checkpoints_without_metrics=False),
-            ]
-        ),
+        preservation_policy=AnyPreservationPolicy(kept),
         cleanup_tmp_directories=True,
     )
     handler = ocp.StandardCheckpointHandler()
@@ -161,7 +169,7 @@ def open_checkpoints(
 
 
 def restore(
-    manager: ocp.CheckpointManager, like: TrainState, say: Say, *, with_data: bool = False
+    manager: ocp.CheckpointManager, like: PyTree, say: Say, *, with_data: bool = False
 ) -> Restored | None:
     """Read the newest checkpoint that is whole; None if there has never been one.
 
@@ -182,9 +190,11 @@ def restore(
             position = Position(**(manager.metadata(step).custom_metadata or {}))
             if with_data and position.data is None:
                 raise ValueError("it does not tell the data's position")
-        except (MegError, jax.errors.JaxRuntimeError):  # another model; out of memory, say
+        except (MegError, jax.errors.JaxRuntimeError, MemoryError):  # another model; out of memory, say
             raise
         except Exception as error:  # whatever the damage makes Orbax raise
+            if isinstance(error, OSError) and not isinstance(error, _DAMAGE):
+                raise MegError(f"{folder / str(step)}: cannot be read now ({error}); start again") from None
             if jax.process_index() == 0:
                 reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
                 _set_aside(folder / str(step), reason, say)
@@ -192,11 +202,11 @@ def restore(
             manager.reload()
             continue
         seal(manager)
-        return Restored(state, position)
+        return Restored(state, position, step)
     if damaged := sorted(p.name for p in (folder / "damaged").glob("*")):
         raise MegError(
-            f"{folder}: no checkpoint is left; damaged are those of steps {', '.join(damaged)}. Repair one, "
-            "or remove the folder to start anew"
+            f"{folder}: no checkpoint is left; damaged are those of steps {', '.join(damaged)}. Move "
+            "one back that is whole after all, or remove the folder to start anew"
         )
     return None
 
@@ -217,11 +227,23 @@ def _compare(folder: Path, found: dict[str, tuple[int, ...]], wanted: dict[str, 
 
 
 def save(
-    manager: ocp.CheckpointManager, state: TrainState, position: Position, metrics: dict[str, float]
+    manager: ocp.CheckpointManager,
+    step: int,
+    state: PyTree,
+    position: Position = START,
+    metrics: dict[str, float] | None = None,
 ) -> None:
-    """Save in the background, under the state's step; returns once the state is copied from the devices."""
+    """Save in the background; returns once the state is copied from the devices.
+
+    Args:
+        manager: from `open_checkpoints`.
+        step: after which it stands.
+        state: a tree of arrays.
+        position: where the run stands beside it.
+        metrics: what `open_checkpoints` tells the best by.
+    """
     manager.save(
-        int(state.step),
+        step,
         args=ocp.args.StandardSave(state),
         custom_metadata=position._asdict(),
         metrics=metrics,

@@ -80,7 +80,7 @@ def denoiser_loss(
         dropped = jax.random.bernoulli(key_drop, text_drop, (batch, 1))
         ids = jnp.where(dropped, empty_L[None, :], data.ids_NxL[rows])
         t = jax.random.randint(key_t, (batch,), emphasis.lowest, S)
-        noise = jax.random.normal(key_noise, z0.shape)
+        noise = jax.random.normal(key_noise, z0.shape, z0.dtype)
 
         text_params = (params["text_encoder"], params["text_encoder_2"])
         condition = encode_text(text_encoders, text_params, (ids, ids), size)

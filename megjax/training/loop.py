@@ -144,7 +144,7 @@ def fit(
             # The memory may not hold two states.
             jax.tree.map(lambda x: x.delete(), state)
         if restored := restore(manager, like, logs.say, with_data=batches is not None):
-            state, position = restored
+            state, position, _ = restored
             if batches is not None:
                 batches.set_state(position.data)
         first = int(state.step)
@@ -186,7 +186,7 @@ def fit(
                 saving = False
             if save_now:
                 position = position._replace(data=None if batches is None else batches.get_state())
-                save(manager, state, position, {k: float(v) for k, v in found.items()})
+                save(manager, done, state, position, {k: float(v) for k, v in found.items()})
                 saving = True
             if stop and done < steps:
                 manager.wait_until_finished()

@@ -104,7 +104,8 @@ def pretrain(config: PretrainConfig) -> Path:
         raise MegError(f"pool {config.pool}: must be a positive multiple of {POOL_BATCH}")
     within(config, 0, LARGEST_SEED, "seed")
     writable_folder(config.folder, "folder")
-    key_vae, key_pool, key_denoiser = jax.random.split(jax.random.key(config.seed), 3)
+    keys = jax.random.split(jax.random.key(config.seed), 5)
+    key_vae, key_pool, key_denoiser, key_text, key_decoder = keys
     start = None
     if config.start is None:
         autoencoder = train_autoencoder(config, key_vae)
@@ -114,9 +115,9 @@ def pretrain(config: PretrainConfig) -> Path:
         config = dataclasses.replace(config, vae=finished.vae_decoder.config)
         autoencoder = {"encoder": start["vae_encoder"], "decoder": start["vae_decoder"]}
     pool = latent_pool(config, autoencoder["encoder"], key_pool)
-    text = train_text_encoders(config, pool.data, jax.random.fold_in(key_denoiser, 1), start)
+    text = train_text_encoders(config, pool.data, key_text, start)
     denoiser = train_denoiser(config, pool.data, key_denoiser, (start or {}) | text)
-    decoder = train_decoder(config, autoencoder, jax.random.fold_in(key_vae, 1))
+    decoder = train_decoder(config, autoencoder, key_decoder)
     model = save_backbone(config, pool.vae, autoencoder, decoder, denoiser)
     stages = {
         "vae": config.vae_steps if config.start is None else 0,

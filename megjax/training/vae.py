@@ -28,7 +28,7 @@ def autoencoder_loss(encoder: Network, decoder: Network, kl_weight: float) -> Lo
         params: Any, key: Key[Array, ""], image_BxHxWx3: Float[Array, "B H W 3"]
     ) -> tuple[Float[Array, ""], Metrics]:
         mean, logvar = encoder(params["encoder"], image_BxHxWx3)
-        z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+        z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, mean.dtype)
         error = jnp.mean(jnp.square(decoder(params["decoder"], z) - image_BxHxWx3))
         kl = 0.5 * jnp.sum(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar) / len(mean)
         return error + kl_weight * kl / image_BxHxWx3[0].size, {"mse": error, "kl": kl}

@@ -122,7 +122,8 @@ def test_the_channel_is_reported(message, answer):
     assert report() is None
     assert report(throughput=Throughput(3e6, 1.5)) == {"rate_bps": 2e6, "psnr_db": None}
     assert report(channel=Channel(8e5, 12.0)) == {"rate_bps": 8e5, "psnr_db": 12.0}
-    assert report(channel=Channel(8e5, math.inf)) == {"rate_bps": 8e5, "psnr_db": None}
+    for perfect_db in (250.0, math.inf):
+        assert report(channel=Channel(8e5, perfect_db)) == {"rate_bps": 8e5, "psnr_db": None}
     limits = PictureRequest("a red circle", limits=(3.0, 1800.0))
     _, (request,), _ = served([answer(message())], request=limits)
     assert json.loads(request.content)["limits"] == {"latency_s": 3.0, "energy_j": 1800.0}

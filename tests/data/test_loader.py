@@ -232,6 +232,7 @@ def test_batches_are_shuffled_by_seed_each_epoch_once_and_alike():
     assert first != second
     assert first != list(range(20))
     assert taken(shuffled_batches(Numbers(20), 4, 7), 10) == batches
+    assert taken(shuffled_batches(Numbers(20), 1, 7), 40) == [[n] for batch in batches for n in batch]
     assert taken(shuffled_batches(Numbers(20), 4, 8), 10) != batches
 
 

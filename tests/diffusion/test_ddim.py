@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megjax.diffusion import Conditioning, ddim, ddim_timesteps, noised, read_schedule, schedule
+from megjax.diffusion import Conditioning, ddim, ddim_timesteps, noised, perflow, read_schedule, schedule
 from megjax.errors import MegError, WeightsError
 
 SCHEDULES = {
@@ -98,6 +98,26 @@ def test_single_point_data_is_found_in_one_step():
     for n in (1, 4, 10):
         end = np.sqrt(last) * target + np.sqrt(1 - last) * eps
         np.testing.assert_allclose(ddim(denoise, z, sched, n), end, atol=2e-4)
+
+
+@pytest.mark.parametrize("sampler", [ddim, perflow])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_latents_of_sixteen_bits_are_carried_in_float32(sampler, dtype):
+    sched = SCHEDULES["leading"]
+    denoise, _ = gaussian(1.0, sched.abar)
+    seen = []
+
+    def network(z, t_B):
+        seen.append(z.dtype)
+        return denoise(z.astype(jnp.float32), t_B).astype(z.dtype)
+
+    z = jax.random.normal(jax.random.key(1), (1, 2, 2, 4), dtype)
+    found = sampler(network, z, sched, 12)
+    assert found.dtype == z.dtype == seen[0]
+    # A rounding of what the network sees and says a step, and none of the sum.
+    exact = sampler(denoise, z.astype(jnp.float32), sched, 12)
+    step = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(found.astype(np.float32), exact, rtol=4 * step, atol=4 * step)
 
 
 def test_one_executable_for_every_number_of_steps():

@@ -45,6 +45,15 @@ def test_timesteps_are_the_published_ones(steps):
     assert [int(after) for _, after in mine] == [*published_timesteps(steps)[1:], 0]
 
 
+def test_targets_are_of_the_latents_dtype_whatever_jaxs_default_is():
+    z0 = jnp.ones((2, 2, 2, 1), jnp.float32)
+    with jax.enable_x64(True):
+        z_t, _, target = window_target(
+            jax.random.key(0), z0, lambda z, t: gaussian_noise(z, t).astype(jnp.float32), SCHED
+        )
+    assert z_t.dtype == target.dtype == jnp.float32
+
+
 def test_windows_share_the_steps_the_noisier_ones_first():
     def timesteps(steps):
         return [int(perflow_timesteps(SCHED, steps, i)[0]) for i in range(steps)]

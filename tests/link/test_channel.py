@@ -108,6 +108,8 @@ def test_rician_limits():
     np.testing.assert_allclose(weak, channel.fading_power(g, LinkParams(fading="rayleigh")), atol=1e-3)
     strong = channel.fading_power(g, LinkParams(fading="rician", rician_k_db=90.0))
     np.testing.assert_allclose(strong, 1, atol=1e-3)
+    sight = channel.fading_power(g, LinkParams(fading="rician", rician_k_db=np.inf))
+    np.testing.assert_array_equal(sight, 1)
 
 
 def test_doppler_correlation_is_bessels():
@@ -133,6 +135,16 @@ def test_fading_is_stationary_and_correlated(doppler_hz):
     np.testing.assert_allclose((abs(g) ** 2).mean(1), 1, atol=0.02)
     for lag in (1, 2, 3):
         np.testing.assert_allclose((g[lag] * g[0].conj()).mean(), rho**lag, atol=0.02)
+
+
+def test_a_channel_that_stands_still_has_finite_gradients():
+    def power(params):
+        state = channel.sample_fading(jax.random.key(0))
+        return channel.fading_power(channel.next_fading(jax.random.key(1), state, params), params)
+
+    slopes = jax.grad(power)(jax.tree.map(jnp.float32, LinkParams(fading="rician")))
+    assert np.isfinite(jax.tree.leaves(slopes)).all()
+    assert slopes.rician_k_db != 0
 
 
 def test_every_number_may_be_traced_and_vmapped():

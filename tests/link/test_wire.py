@@ -5,6 +5,7 @@ import tracemalloc
 import zlib
 
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -177,7 +178,7 @@ def test_destinations_out_of_range_and_ones_in_the_padding():
         wire.decode(forge(message, 32 + 13, bytes([message[45] | 1])))
 
 
-def test_senders_mistakes_are_named():
+def test_senders_mistakes_are_named(monkeypatch):
     features, index_map, key, _ = random_message(0, (6, 6), 3, 0.4, 1, "float16")
     good = {"grid": (6, 6), "ratio": 0.4, "key_data": key}
     merged, best = index_map[0]
@@ -193,8 +194,14 @@ def test_senders_mistakes_are_named():
         wire.encode(features, [], **good)
     with pytest.raises(MegError, match="destinations 9 to 9 of 9"):
         wire.encode(features, [(merged, np.full_like(best, 9))], **good)
-    with pytest.raises(MegError, match="27 sources, 27 merged: need 27 and 14"):
+    with pytest.raises(MegError, match="27 and 27 sources, 27 merged: need 27 and 14"):
         wire.encode(features, [(np.ones_like(merged), best)], **good)
+    with pytest.raises(MegError, match="26 and 27 sources"):
+        wire.encode(features, [(merged[:-1], best)], **good)
+    with monkeypatch.context() as unchecked:
+        unchecked.setattr(jaxtyping.config, "jaxtyping_disable", True)
+        with pytest.raises(MegError, match="index map of bool and float64: give booleans and integers"):
+            wire.encode(features, [(merged, best.astype(float))], **good)
     with pytest.raises(MegError, match="does not fit float16"):
         wire.encode(features + np.float32(7e4), index_map, **good)
     # Their square is beyond float32: a message of such features would say a power of infinity.

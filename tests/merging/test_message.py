@@ -11,7 +11,7 @@ import pytest
 from megjax.errors import MegError, WireFormatError
 from megjax.link import wire
 from megjax.link.payload import payload_bits
-from megjax.merging import carried, match, merge, pack, rebuild_plan, unmerge, unpack
+from megjax.merging import carried, match, merge, pack, partition, rebuild_plan, unmerge, unpack
 
 RATIOS = (0.0, 0.1, 0.4, 0.75, 0.8, 0.9375, 1.0)
 
@@ -86,6 +86,16 @@ def test_one_trace_receives_a_thousand_ratios():
         back = receive(carried(wire.decode(message)))
         sent = merged.astype(jnp.bfloat16).astype(jnp.float32)
         np.testing.assert_array_equal(back, unmerge(sent, plan))
+
+
+def test_a_partition_hangs_on_its_key_alone():
+    """Not on how JAX is set up at either end."""
+    key = jax.random.key(3, impl="threefry2x32")
+    with jax.threefry_partitionable(True):
+        ours = partition(key, (8, 8))
+    with jax.threefry_partitionable(False), jax.default_prng_impl("rbg"):
+        theirs = partition(key, (8, 8))
+    chex.assert_trees_all_equal(ours, theirs)
 
 
 def test_bad_senders_are_refused():

@@ -27,3 +27,5 @@ def test_every_backend_selects_the_same():
     bisection, by_sort = jax.jit(kth_by_bisection), jax.jit(kth_by_sort)
     for count in range(1, 61):
         assert bisection(ranks, jnp.int32(count)) == by_sort(ranks, jnp.int32(count)) == expected[count - 1]
+    with jax.disable_jit():
+        assert kth_by_bisection(jnp.asarray(ranks), jnp.int32(9)) == expected[8]

@@ -154,6 +154,10 @@ def test_gymnasium_accepts_it():
     vector = MegVectorEnv(3)
     observation, _ = vector.reset(seed=3)
     assert vector.observation_space.contains(observation)
+    with jax.enable_x64(True):
+        for one in (MegEnv(), MegVectorEnv(2)):
+            assert one.observation_space.contains(one.reset(seed=1)[0])
+            assert one.observation_space.contains(one.step(one.action_space.sample())[0])
     for frame in range(64):
         observation, _, _, truncated, info = vector.step(np.full((3, 2), 0.4, np.float32))
         assert truncated.all() == (frame == 63)

@@ -109,6 +109,7 @@ def test_settings_out_of_range_are_refused_by_both_learners(fields, message):
         (CvpoConfig(updates_per_epoch=0), "updates_per_epoch 0.*at least 1"),
         (CvpoConfig(particles=1), "particles 1.*at least 2"),
         (CvpoConfig(kl_bound=0.0), "kl_bound 0.0.*above 0"),
+        (CvpoConfig(kl_bound=3.5, particles=32), "kl_bound 3.5: no weights of 32 particles differ by 3.47"),
         (CvpoConfig(critic_lr=float("inf")), "critic_lr inf.*finite"),
         (CvpoConfig(dual_solver="gradient", dual_max=0.0), "dual_max 0.*above 0"),
         (CvpoConfig(trust_region=TrustRegion(iterations=0)), "iterations 0.*at least 1"),

@@ -110,7 +110,9 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def test_interrupted_training_resumes_to_the_same_policy(tmp_path, monkeypatch, quick_compilation, table):
+def test_interrupted_training_resumes_to_the_same_policy(
+    tmp_path, monkeypatch, quick_compilation, table, capsys
+):
     """A conditioned run: two limits, each with its own dual."""
     limits = ((2.3, 1.8), (4.0, 1.8))
     config = PolicyRunConfig(
@@ -153,8 +155,18 @@ def test_interrupted_training_resumes_to_the_same_policy(tmp_path, monkeypatch, 
     assert [(x["epoch"], x["limits"][0]) for x in lines[1]] == [
         (e, d) for e in (2, 4, 6, 8) for d in (2.3, 4.0)
     ]
-    with pytest.raises(MegError, match="other settings"):
+    with pytest.raises(MegError, match=r"other settings \(seeds\)"):
         train_policies(dataclasses.replace(config, seeds=(4,)), table=table)
+    with pytest.raises(MegError, match=r"other settings \(problem\)"):
+        train_policies(config, table=table._replace(rewards_SxA=1.01 * table.rewards_SxA))
+    # The same problem on another machine, and a checkpoint that was damaged on the way there.
+    newest = tmp_path / "cut" / "checkpoints" / "4"
+    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-7])
+    elsewhere = train_policies(config, table=table._replace(rewards_SxA=(1 + 1e-6) * table.rewards_SxA))
+    assert "checkpoints/4 is damaged" in capsys.readouterr().err
+    for one, other in zip(whole, elsewhere, strict=True):
+        chex.assert_trees_all_equal(*(load_policy(Path(r["policy"])).params for r in (one, other)))
     policy = load_policy(Path(whole[0]["policy"]))
     assert act(policy, 0.0, limits=(3.1, 1.8)).steps in range(4, 13)
 
@@ -171,6 +183,7 @@ def test_interrupted_training_resumes_to_the_same_policy(tmp_path, monkeypatch, 
         ({"table": "nowhere.npz"}, "not a quality table"),
         ({"table": "tiny", "psnr_db": float("nan")}, "psnr_db nan"),
         ({"learner": PpoConfig(discount=1.0)}, "discount 1.0"),
+        ({"learner": PpoConfig(groups=2)}, r"learner\.groups 2: leave it at 1"),
     ],
 )
 def test_bad_settings_are_refused_before_training(tmp_path, fields, message):
@@ -211,7 +224,7 @@ def test_ppo_trains_at_several_limits_and_on_tables(tmp_path, quick_compilation)
         config, problem, tabulate(problem, bins=10, ratios=11), lambda share, _: said.append((share, saved()))
     )
     assert said[:2] == [(0.25, []), (0.5, [])]
-    assert saved() == [4]  # the last part's, though it is no third
+    assert saved() == [3, 4]  # the last part's, though it is no third
     assert [r["limits"] for r in results] == [*limits]
     for result in results:
         # Whatever is done has the same quality, so its reward is known and is the optimum.
@@ -275,6 +288,11 @@ def test_a_conditioned_policy_knows_the_limits_between_those_it_was_trained_on()
     limits = ((2.3, 1.8), (3.0, 1.8), (4.0, 1.8))
     policy = constant_policy(7, 0.25, INFO._replace(limits=limits, conditioned=True), observations=5)
     assert act(policy, -1.5, limits=(2.5, 1.8)) == act(policy, -1.5)
+    # It has only ever seen 1.8 kJ, and may say anything of 1.8017: a thousandth is the same limit.
+    (weight, bias), *rest = policy.params.actor
+    touchy = ((weight.at[4, 0].set(1.0), bias), (rest[0][0].at[0, 1].set(1e4), rest[0][1]))
+    actor = policy._replace(params=policy.params._replace(actor=touchy))
+    assert act(actor, -1.5, limits=(2.5, 1.9 * 0.948)) == act(actor, -1.5, limits=(2.5, 1.8))
     for outside in ((2.2, 1.8), (4.1, 1.8), (3.0, 1.7)):
         with pytest.raises(MegError, match=r"from \(2\.3, 1\.8\) to \(4\.0, 1\.8\)"):
             act(policy, -1.5, limits=outside)

@@ -65,6 +65,15 @@ def test_messages_are_the_splits_own(pipeline, seed, steps, ratio, tome):
     assert sent.tokens == int(expected.tokens_B[0]) == len(received.header.features_MxD)
 
 
+def test_a_seed_is_the_same_picture_however_jax_is_set_up(pipeline):
+    def drawn():
+        return jax.random.key_data(jnp.stack(request_keys(jnp.uint32(7))))
+
+    ours = drawn()
+    with jax.default_prng_impl("rbg"):
+        np.testing.assert_array_equal(drawn(), ours)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
 def test_a_body_is_as_long_as_it_is_charged(pipeline, dtype):
     for ratio in (0.0, 0.1, 0.4, 0.75, 0.8, 0.9375):

@@ -1,8 +1,10 @@
 """Checkpoints that are damaged, of another model, or have no room; which of them stay."""
 
+import errno
 import json
 import os
 import shutil
+from unittest.mock import Mock
 
 import chex
 import jax.numpy as jnp
@@ -96,6 +98,25 @@ def test_if_none_is_whole_the_run_does_not_start_anew_silently(finished, tmp_pat
         damage(tmp_path / "run" / "run" / step / "default" / "manifest.ocdbt", "delete")
     with pytest.raises(MegError, match=r"damaged are those of steps 4, 5"):
         run(tmp_path / "run", 6)
+
+
+def test_an_error_that_may_pass_moves_nothing(finished, tmp_path, monkeypatch):
+    source, final = finished
+    folder = tmp_path / "run"
+    shutil.copytree(source, folder)
+    before = files(folder / "run")
+
+    stale = OSError(errno.ESTALE, "Stale file handle")
+    for error, kind, message in (
+        (stale, MegError, "run/5: cannot be read now"),
+        (MemoryError("full"), MemoryError, "full"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints.ocp.CheckpointManager, "restore", Mock(side_effect=error))
+            with pytest.raises(kind, match=message):
+                run(folder, 5)
+        assert files(folder / "run") == before
+    chex.assert_trees_all_equal(run(folder, 5), final)
 
 
 def test_another_models_checkpoints_are_refused_and_left_alone(finished, tmp_path):
