@@ -41,9 +41,9 @@ class Measurement(NamedTuple):
 
 def energy_meter() -> tuple[str, EnergyMeter] | None:
     """Return a meter and its name: NVML on an NVIDIA GPU, RAPL for a CPU, None where neither can be read."""
-    if jax.default_backend() == "gpu":
-        return _nvml()
-    return _rapl()
+    meters = {"gpu": _nvml, "cpu": _rapl}
+    backend = jax.default_backend()
+    return meters[backend]() if backend in meters else None
 
 
 def measure(

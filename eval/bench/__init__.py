@@ -28,7 +28,9 @@ class Timing(NamedTuple):
 
 
 def median_timing(call: Callable[[], Any], calls: int) -> Timing:
-    """Median over `calls` calls, after one that is not counted."""
+    """Median over `calls` calls, after one that is not counted; raises `MegError` for none."""
+    if calls < 1:
+        raise MegError(f"calls {calls}: at least 1 is allowed")
     call()
     timings = [timed(call)[1] for _ in range(calls)]
     return Timing(*(statistics.median(column) for column in zip(*timings, strict=True)))

@@ -20,9 +20,9 @@ from eval.suite.timing import timings
 
 Verdict: TypeAlias = Literal["holds", "does not hold", "not testable here"]
 
-WITHIN = 0.2
+WITHIN = 0.3
 """Per cent over a limit that counts as within it: three standard errors of an evaluation on 64,000 frames,
-measured at the optimum as 0.064 % of 3 s and 0.022 % of 1.8 kJ."""
+which were up to 0.06 % of latency limits and 0.1 % of energy budgets."""
 CUT = 40.0
 """Per cent: the abstract's "over 40 % latency"."""
 LINEAR = 0.95
@@ -59,10 +59,9 @@ def claims(context: Context) -> Record:
         "id": "claims",
         "layout": "cards",
         "title": "Claims",
-        "caption": "Each claim of the paper's abstract and section V, what this run found, and the rule that "
-        "decides. "
-        "Brackets are 95 % bootstrap intervals over paired pictures, or span the seeds. A ratio is one MSE "
-        "over another.",
+        "caption": "Each claim of the paper's abstract and section V, what this run found, and the rule "
+        "that decides. Brackets are 95 % bootstrap intervals over paired pictures, or span the seeds of "
+        "policies, which learn and are judged on these same pictures. A ratio is one MSE over another.",
         "columns": [
             {"key": "verdict", "label": "verdict", "unit": "", "digits": 0},
             {"key": "found", "label": "found here", "unit": "", "digits": 3},
@@ -169,8 +168,8 @@ def distillation(context: Context) -> list[Claim]:
         "MEG-Split's pictures are noisy: it is the worst method by far",
         "V-B1, Fig. 4, Table II",
         {f"over the next worst, {worst}": against, "over MEG-Split-Finetune": ratio(split, finetune)},
-        f"its MSE is at least {FAR:g} times the next worst of Table II",
-        against.value >= FAR,
+        f"the interval of its MSE over the next worst of Table II is above {FAR:g}",
+        against.low >= FAR,
     )
     falls = {
         f"r = {r:g}: T = 12 over T = 4": ratio(data[f"meg/{r:g}"][12], data[f"meg/{r:g}"][4])
@@ -198,23 +197,23 @@ def distillation(context: Context) -> list[Claim]:
         ("Merging is far better than pruning at equal ratio, a tenth", over_steps["meg/0.1"]),
     ):
         pruned = ratio(tenth, other)
-        rule = f"pruning's MSE is at least {FAR:g} times as much, mean over T"
-        compare(text, "V-B1, Fig. 5", {"ratio": pruned}, rule, pruned.value >= FAR)
+        rule = f"the interval of pruning's MSE over the other's is above {FAR:g}, means over T"
+        compare(text, "V-B1, Fig. 5", {"ratio": pruned}, rule, pruned.low >= FAR)
     half = ratio(over_steps["meg/0.5"], finetune)
     compare(
         "Merging up to r = 0.5 is comparable to MEG-Split-Finetune",
         "V-B1, Fig. 5",
         {"ratio": half, "without ToMe": ratio(over_steps["meg_plain/0.5"], finetune)},
-        f"the ratio is at most {COMPARABLE:g}, mean over T",
-        half.value <= COMPARABLE,
+        f"the interval ends at {COMPARABLE:g} at most, means over T",
+        half.high <= COMPARABLE,
     )
     small = ratio(data["meg/0.1"][4], data["split_finetune/0"][4])
     compare(
         "MEG beats MEG-Split-Finetune where T and r are small",
         "V-B1, Fig. 5",
         {"r = 0.1, T = 4": small},
-        "the ratio is below 1",
-        small.value < 1,
+        "the interval is below 1",
+        small.high < 1,
     )
     finetuned, plain = errors[TABLE_II[2].label], pictures(config, "meg_plain", 7, 0.4)
     setting = ratio(errors[TABLE_II[4].label], finetuned)
@@ -222,8 +221,8 @@ def distillation(context: Context) -> list[Claim]:
         "MEG at T = 7, r = 0.4 is not worse than MEG-Split-Finetune at T = 8",
         "Table II",
         {"ratio": setting, "without ToMe": ratio(get(context, plain)["mse"], finetuned)},
-        "the ratio is at most 1",
-        setting.value <= 1,
+        "the interval ends at 1 at most",
+        setting.high <= 1,
     )
     equal, lengths = at_equal_bits(context)
     compare(
@@ -267,12 +266,13 @@ def learned(context: Context) -> list[Claim]:
             _value(_limit_name(found, i, energy), interval(_span(over[i]), "modelled", "% over"))
             for i in limits
         ]
-        worst = max(max(over[i]) for i in limits)
         if kept:
             rule = f"no seed is more than {WITHIN:g} % over"
-        else:
-            rule = f"some seed is more than {WITHIN:g} % over"
-        claims.append(Claim(text, where, values, rule, _verdict((worst <= WITHIN) == kept)))
+            holds = max(max(over[i]) for i in limits) <= WITHIN
+        else:  # of many seeds one would be, by chance
+            rule = f"its seeds are more than {WITHIN:g} % over in the mean"
+            holds = max(float(np.mean(over[i])) for i in limits) > WITHIN
+        claims.append(Claim(text, where, values, rule, _verdict(holds)))
 
     loose, middle, tight = learning.LATENCY
     for key, label in LEARNERS.items():
@@ -319,9 +319,9 @@ def learned(context: Context) -> list[Claim]:
             "At the tight limit MEG-CVPO's MSE is much higher than PPO-Lagrangian's",
             "V-B2, Fig. 6",
             [_value("its MSE over PPO-Lagrangian's", interval(worse, "measured"))],
-            f"each of its seeds has at least {COMPARABLE:g} times the MSE, a geometric mean over frames, of "
-            "each of PPO-Lagrangian's",
-            _verdict(worse.low >= COMPARABLE),
+            f"each of its seeds has at least {FAR:g} times the MSE, a geometric mean over frames, of each of "
+            "PPO-Lagrangian's",
+            _verdict(worse.low >= FAR),
         )
     )
     limit("MEG-CVPO keeps every energy budget", "V-B2, Fig. 7", "cvpo", learning.ENERGY, kept=True)

@@ -77,9 +77,12 @@ class SuiteConfig:
     """The noise levels of the robustness curve."""
     sample: str | None = None
     """The prompt of Fig. 4, which is the first; left out, the file's first, or one of `scenes`."""
-    cvpo_epochs: int = 4000
-    ppo_epochs: int = 500
+    cvpo_epochs: int | None = None
+    """Of MEG-CVPO's training; left out, the presets' own."""
+    ppo_epochs: int | None = None
+    """Likewise of PPO-Lagrangian's."""
     seed: int = 0
+    """Of prompts, noise, channels and, with those after it, of the policies."""
 
     @property
     def feature_psnr_db(self) -> float:
@@ -111,12 +114,8 @@ def check(config: SuiteConfig) -> None:
         raise MegError(
             f"pictures {config.pictures}, batch {config.batch}: at least 2 pictures, a multiple of the batch"
         )
-    if config.seeds < 1 or min(config.cvpo_epochs, config.ppo_epochs) < 1:
-        raise MegError(
-            f"seeds {config.seeds}, cvpo_epochs {config.cvpo_epochs}, ppo_epochs {config.ppo_epochs}: "
-            "at least 1 of each"
-        )
-    within(config, 0, LARGEST_SEED, "seed")
+    within(config, 1, LARGEST_SEED + 1, "seeds", "cvpo_epochs", "ppo_epochs")
+    within(config, 0, LARGEST_SEED + 1 - config.seeds, "seed")
     ratios = config.ratios
     increasing = all(a < b for a, b in itertools.pairwise(ratios))  # which NaN is not
     least, most = (largest_ratio(SDXL_GRID, rounds) for rounds in (rounds_of(config.rules), 2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import importlib.metadata
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -30,6 +31,8 @@ from megjax.pipeline.load import GATE, Pipeline, load_pipeline, open_backbone
 from megjax.pipeline.split import condition
 from megjax.text import tokenize
 
+PACKAGES = ("optax", "flax", "scipy", "pillow", "dm-pix", "scikit-image")
+"""What results depend on, besides JAX and NumPy."""
 LOADED = (".safetensors", ".msgpack", ".json", ".txt")
 """Files of a model's folder that decide its pictures."""
 
@@ -81,6 +84,7 @@ class Context:
             "jaxlib": jaxlib.__version__,
             "numpy": np.__version__,
             "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
         }
 
     @functools.cached_property
@@ -189,17 +193,31 @@ def get(context: Context, stage: Stage) -> dict[str, Any]:
             "seconds": time.perf_counter() - start,
             "processor_seconds": time.process_time() - processor,
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **result.pop("cost", {}),
+            # So that the provenance is whole where the cache spares what was needed.
+            "needs": _records(context, stage),
             "result": result,
         }
         cache.write(path, record)
     context.done[key] = record["result"]
-    same = context.records.get(stage.name, record)
-    name = stage.name if same["key"] == key else f"{stage.name}, {key[:8]}"
-    context.records[name] = {k: v for k, v in record.items() if k != "result"}
-    for need in stage.needs:  # so that the provenance is whole, also of what the cache spared
-        if key_of(context, need) not in context.done:
-            get(context, need)
+    own = {k: v for k, v in record.items() if k not in ("result", "needs")}
+    for name, each in (*record["needs"].items(), (stage.name, own)):
+        same = context.records.get(name, each)
+        context.records[name if same["key"] == each["key"] else f"{name}, {each['key'][:8]}"] = each
     return record["result"]
+
+
+def _records(context: Context, stage: Stage) -> dict[str, Any]:
+    """The records of all that a stage needs, by name."""
+    keys = set()
+
+    def add(one: Stage) -> None:
+        for need in one.needs:
+            keys.add(key_of(context, need))
+            add(need)
+
+    add(stage)
+    return {name: record for name, record in context.records.items() if record["key"] in keys}
 
 
 def path_of(context: Context, stage: Stage) -> Path:

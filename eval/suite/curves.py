@@ -15,9 +15,9 @@ from eval.suite.context import Context, get
 from eval.suite.measure import reference, sweep
 from eval.suite.methods import LABELS, Name
 from eval.suite.numbers import Record, axis, line, mean, number
-from eval.suite.paper import FIG5_RATIOS
+from eval.suite.paper import FIG5_RATIOS, TABLE_II
 from eval.suite.policies import STEPS, counts, quality
-from eval.suite.table2 import entries, pruning_said, shown
+from eval.suite.table2 import entries, pruning_said, shown, stronger
 from eval.suite.timing import PICTURES, timings
 
 SHOWN_STEPS = 8
@@ -175,12 +175,9 @@ def fig5(context: Context) -> Record:
         curves.append(line(key, label, list(own), [mean(v) for v in own.values()], "measured", dash=dash))
     return {
         "text": [
-            f"{pruning_said(context, best)} "
-            "MEG and MEG-Pruning merge tokens inside the U-Net (ToMe) as the paper has it; the dashed line "
-            "is MEG "
-            "without. Ratios are shares of tokens merged or of scalars pruned; where magnitudes are pruned, "
-            "of the "
-            "bits."
+            f"{pruning_said(context, best)} MEG and MEG-Pruning merge tokens inside the U-Net (ToMe) as the "
+            "paper has it; the dashed line is MEG without. Ratios are shares of tokens merged or of scalars "
+            "pruned; where magnitudes are pruned, of the bits."
         ],
         "tables": [],
         "figures": [
@@ -188,8 +185,7 @@ def fig5(context: Context) -> Record:
                 "id": "fig5",
                 "title": "MSE against denoising steps",
                 "caption": f"Measured on {config.model} through the link at {config.feature_psnr_db:g} dB "
-                "PSNR, "
-                f"{config.pictures} paired pictures; bands are 95 % bootstrap intervals.",
+                f"PSNR, {config.pictures} paired pictures; bands are 95 % bootstrap intervals.",
                 "alt": "MSE of each method and ratio against the number of denoising steps, four to twelve.",
                 "panels": [{"x": axis("denoising steps T"), "y": axis("MSE", "", "log"), "lines": curves}],
             }
@@ -200,7 +196,8 @@ def fig5(context: Context) -> Record:
 def noise(context: Context) -> Record:
     """Return MSE against the features' PSNR, off the training range too."""
     config = context.config
-    ratios: dict[Name, float] = {"split": 0.0, "split_finetune": 0.0, context.prunings[0]: 0.1, "meg": 0.4}
+    pruning = stronger(context, TABLE_II[3])
+    ratios: dict[Name, float] = {"split": 0.0, "split_finetune": 0.0, pruning: 0.1, "meg": 0.4}
     curves = []
     for name, ratio in ratios.items():
         levels = (methods.level_of(name, ratio),)
@@ -219,8 +216,7 @@ def noise(context: Context) -> Record:
                 "id": "noise",
                 "title": "MSE against the channel's noise",
                 "caption": f"Measured on {config.model} at T = {SHOWN_STEPS}; noise {rules}. Shaded: the "
-                "range of "
-                "PSNR that the decoders were trained on.",
+                "range of PSNR that the decoders were trained on.",
                 "alt": "MSE of each method against the PSNR of the received features.",
                 "panels": [
                     {
@@ -253,7 +249,7 @@ def payload_data(context: Context) -> dict[Name, tuple[list[float], np.ndarray]]
 
 
 def payload(context: Context) -> Record:
-    """Return MSE against the message's bytes: merging, both prunings, the whole latent, PNG and JPEG."""
+    """Return MSE against the message's bytes: merging, both prunings, the whole latent and JPEG."""
     config = context.config
     curves: list[Any] = []
     for name, (bits, errors) in payload_data(context).items():

@@ -51,10 +51,9 @@ def _item(context: Context, name: str, limits: tuple[int, ...], which: int) -> R
                 "id": name,
                 "title": title,
                 "caption": f"{_joined(context)} Curves are means over epochs of the policies as they "
-                "explore, over "
-                f"{config.seeds} seeds; bands from the lowest seed to the highest. Dashed: the optimum by "
-                "linear "
-                f"programme (above) and the limit on mean {what} (below), in each limit's colour.",
+                f"explore, over {config.seeds} seeds; bands from the lowest seed to the highest. Dashed: the "
+                f"optimum by linear programme (above) and the limit on mean {what} (below), in each limit's "
+                "colour.",
                 "alt": f"MSE and mean {what} during training of MEG-CVPO and PPO-Lagrangian at three limits.",
                 "columns": 2,
                 "panels": panels,
@@ -83,10 +82,9 @@ def _about(context: Context, found: Any) -> str:
     )
     return (
         f"The lowest reachable means are {lowest}, one at a time. The tight limit is 10 % above; the loose "
-        "one is "
-        "what the best policy without limits costs, and 5 %; the middle one is half-way. Quality is the "
-        "geometric "
-        f"mean of the MSE, the exponential of minus the mean reward.{gains}"
+        "one is what the best policy without limits costs, and 5 %; the middle one is half-way. Quality is "
+        "the geometric mean of the MSE, the exponential of minus the mean reward, over the very pictures "
+        f"that the policies learn from: other pictures would shift all of them alike.{gains}"
     )
 
 
@@ -146,9 +144,8 @@ def _final_table(
         "id": f"{name}-final",
         "title": "The trained policies",
         "caption": "On 1000 fresh episodes, the policies' means acting; brackets span the seeds. Right: the "
-        "first "
-        f"seed's policy on the {context.config.pictures} paired channels, its pictures drawn through the "
-        "link. All MSEs are geometric means.",
+        f"first seed's policy on the {context.config.pictures} paired channels, its pictures drawn through "
+        "the link. All MSEs are geometric means.",
         "columns": columns,
         "rows": rows,
     }
@@ -208,8 +205,7 @@ def pareto(context: Context) -> Record:
     return {
         "text": [
             "What the limits cost: no policy lies above the optimum on average. The static envelope is the "
-            "best "
-            "single (T, r), blind to the channel; between both lies what watching the channel is worth."
+            "best single (T, r), blind to the channel; between both lies what watching the channel is worth."
         ],
         "tables": [],
         "figures": [
@@ -217,8 +213,7 @@ def pareto(context: Context) -> Record:
                 "id": "pareto",
                 "title": "Quality against latency and energy",
                 "caption": f"{_joined(context)} PSNR is its mean over frames. The other cost's limit is "
-                "loose. A "
-                "point is one seed's policy at one of the three limits.",
+                "loose. A point is one seed's policy at one of the three limits.",
                 "alt": "Mean PSNR against mean latency and against mean energy: optimum, static and trained "
                 "policies.",
                 "panels": panels,

@@ -25,7 +25,7 @@ NOISE, AIR = 2, 3
 def latents(config: SuiteConfig, steps: int, *, tome: bool) -> Stage:
     """Return the stage of every prompt's latent after T steps."""
     settings = {"steps": steps, "tome": config.tome if tome else 0.0, **drawn(config)}
-    return Stage(f"latents, {steps} steps{', ToMe' if tome else ''}", settings, _latents)
+    return Stage(f"latents, {steps} steps{', ToMe' if settings['tome'] else ''}", settings, _latents)
 
 
 def sweep(

@@ -130,6 +130,8 @@ def level_at(name: Name, shape: Shape, wanted_bits: int, rules: PayloadRules = "
     lowest, highest = 0, 4096
     if bits(name, shape, 1.0, rules) > wanted_bits:
         return None
+    if bits(name, shape, 0.0, rules) <= wanted_bits:
+        return 0.0  # A map begins with the first that is left out, and would make a little less longer.
     while lowest < highest:
         middle = (lowest + highest) // 2
         if bits(name, shape, middle / 4096, rules) <= wanted_bits:

@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import shutil
 import sys
 import threading
@@ -110,7 +111,7 @@ def training(config: SuiteConfig, learner: Learner) -> Stage:
     settings = {
         "learner": learner,
         "hyper_parameters": dataclasses.asdict(found),
-        "seeds": list(range(config.seeds)),
+        "seeds": [config.seed + i for i in range(config.seeds)],
         "channels": [config.seed, config.pictures],
     }
     label = f"training {LEARNERS[learner]}, {config.seeds} seeds"
@@ -131,11 +132,12 @@ def _choice(context: Context, settings: Mapping[str, Any], trained: Any) -> dict
 
 def learner_config(config: SuiteConfig, learner: Learner) -> Any:
     """Return an algorithm's hyper-parameters under the rules in force: a `CvpoConfig` or a `PpoConfig`."""
+    epochs = config.cvpo_epochs if learner == "cvpo" else config.ppo_epochs
     if config.rules == "paper":
-        return presets.PAPER.learner if learner == "cvpo" else PAPER_PPO
-    if learner == "cvpo":
-        return dataclasses.replace(presets.DEFAULT.learner, epochs=config.cvpo_epochs)
-    return dataclasses.replace(presets.PPO.learner, epochs=config.ppo_epochs)
+        found = presets.PAPER.learner if learner == "cvpo" else PAPER_PPO
+    else:
+        found = presets.DEFAULT.learner if learner == "cvpo" else presets.PPO.learner
+    return found if epochs is None else dataclasses.replace(found, epochs=epochs)
 
 
 def _problem(
@@ -183,7 +185,8 @@ def _rounded(pair: Any) -> tuple[float, float]:
 
 def _front(table: optimum.Tables, lowest: np.ndarray, loose: np.ndarray, which: int) -> dict[str, Any]:
     """Return the optimum and the best policy blind to the channel, from the lowest limit to a loose one."""
-    limits = np.linspace(1.01 * lowest[which], loose[which], 16)
+    # Dense, as chords of a bent front lie below it.
+    limits = np.linspace(1.01 * lowest[which], loose[which], 64)
     best, constant = [], []
     for limit in limits:
         pair = np.where(np.arange(2) == which, limit, loose)
@@ -300,6 +303,7 @@ def _trained(
     folder: Path,
     reports: Any,
 ) -> dict[str, Any]:
+    begun = time.perf_counter()
     pairs = tuple((latency, energy) for latency, energy in limits)
     config = PolicyRunConfig(
         learner=learner,
@@ -351,7 +355,16 @@ def _trained(
         )
     shutil.rmtree(config.folder / "checkpoints", ignore_errors=True)
     frames = learner.envs * learner.collect_steps
-    return {"runs": runs, "frames_per_epoch": frames}
+    return {
+        "runs": runs,
+        "frames_per_epoch": frames,
+        # Of this process: the one that waits for it has others.
+        "cost": {
+            "seconds": time.perf_counter() - begun,
+            "processor_seconds": time.process_time(),
+            "device": f"CPU, {platform.machine()}",
+        },
+    }
 
 
 def _choices(path: Path, given: Problem, snr_P: np.ndarray) -> tuple[list[int], list[float]]:

@@ -150,18 +150,16 @@ def _about(context: Context, rows: tuple[Entry, ...], tome_mse: float) -> str:
     config, pruned = context.config, next(e for e in rows if e.row.method == "pruning")
     assert pruned.name is not None
     tome = (
-        f" Token merging inside the U-Net alone changes the reference by {psnr_db(tome_mse):.1f} dB PSNR."
+        f" Token merging inside the U-Net alone leaves {psnr_db(tome_mse):.1f} dB PSNR to the reference."
         if tome_mse > 0
         else ""
     )
     return (
         f"{config.pictures} prompts, each with its own noise, partition and channel, the same for every "
-        "method; "
-        f"features at {config.feature_psnr_db:g} dB PSNR, rules {config.rules}, guidance "
-        f"{config.guidance:g}. "
-        "The reference is the picture of 12 steps, undistilled decoder, perfect channel. "
-        f"{pruning_said(context, pruned.name)}{tome} Settings of steps and ratios that the paper's text does "
-        "not state are inferred from its figures."
+        f"method; features at {config.feature_psnr_db:g} dB PSNR, rules {config.rules}, guidance "
+        f"{config.guidance:g}. The reference is the picture of 12 steps, undistilled decoder, perfect "
+        f"channel. {pruning_said(context, pruned.name)}{tome} Settings of steps and ratios that the paper's "
+        "text does not state are inferred from its figures."
     )
 
 
@@ -189,8 +187,7 @@ def _quality_table(config: SuiteConfig, rows: tuple[Entry, ...], found: dict[str
         "id": "table2",
         "title": "Quality",
         "caption": f"Quality measured on {config.model} with 95 % bootstrap intervals over pictures, pixels "
-        "in "
-        "[0, 1]; beside it the MSE of the paper's Table II, of other pictures, another model and mixed "
+        "in [0, 1]; beside it the MSE of the paper's Table II, of other pictures, another model and mixed "
         "ranges.",
         "columns": [
             _column("steps", "steps T"),
@@ -228,10 +225,8 @@ def _calibrated_table(rows: tuple[Entry, ...], calibrated: dict[str, Any]) -> Re
         "id": "table2-calibrated",
         "title": "Latency, calibrated on the paper",
         "caption": "Latency under profile table2 and a mean rate of 0.83235 Mbit/s, both fitted to the "
-        "paper's "
-        "own columns: agreement is calibration, not evidence. SDXL at 1024 x 1024, merging's side "
-        "information "
-        "free as in the paper. PNG and JPEG: bits a pixel of photographs.",
+        "paper's own columns: agreement is calibration, not evidence. SDXL at 1024 x 1024, merging's side "
+        "information free as in the paper. PNG and JPEG: bits a pixel of photographs.",
         "columns": [
             _column("transmission", "sending", "s", 4),
             _column("paper_transmission", "paper", "s", 4),
@@ -327,8 +322,7 @@ def _speed_up_table(calibrated: dict[str, Any], modelled: dict[str, Any]) -> Rec
         "id": "table2-savings",
         "title": "Latency saved",
         "caption": "Share of the whole latency that MEG saves; negative where it is slower. The paper's "
-        "column "
-        "follows from its Table II.",
+        "column follows from its Table II.",
         "columns": [_column(k, k, "%") for k in ("calibrated", "paper", "modelled")],
         "rows": records,
     }
@@ -347,7 +341,7 @@ def _timeline(config: SuiteConfig, scale: Scale, rows: tuple[Entry, ...], modell
             "label": e.label,
             "parts": {k: float(modelled[e.label][f"latency_{k}_s"].mean()) for k in ("es", "tx", "ue")},
             "steps": e.row.steps,
-            "step_s": _step_seconds(config, scale, e),
+            **_server_seconds(config, scale, e),
         }
         for e in kept
     ]
@@ -356,14 +350,17 @@ def _timeline(config: SuiteConfig, scale: Scale, rows: tuple[Entry, ...], modell
         "id": "timeline",
         "title": "One frame's timeline, to scale",
         "caption": f"Modelled latency of one frame by part: {of} under profile {config.profile}, mean over "
-        "the "
-        "channels; marks within the server's part are denoising steps. Centralised generation with raw "
+        "the channels; marks within the server's part are denoising steps. Centralised generation with raw "
         "16-bit RGB is left out: it would be many times as long.",
         "alt": "Stacked horizontal bars of server, air and device seconds for each method.",
         "bars": {"x": {"label": "latency", "unit": "s", "scale": "linear"}, "tag": "modelled", "rows": bars},
     }
 
 
-def _step_seconds(config: SuiteConfig, scale: Scale, entry: Entry) -> float:
-    work = physical.computation(load(config.profile), scale, tome=entry.row.tome)
-    return physical.real(work.es_step_s)
+def _server_seconds(config: SuiteConfig, scale: Scale, entry: Entry) -> dict[str, float]:
+    """A denoising step's, and what the server does after the last: a centralised one decodes."""
+    profile = load(config.profile)
+    work = physical.computation(profile, scale, tome=entry.row.tome)
+    central = physical.computation(profile, scale, tome=entry.row.tome, centralised=entry.name is None)
+    step_s, after_s = (physical.real(x) for x in (work.es_step_s, central.es_fixed_s - work.es_fixed_s))
+    return {"step_s": step_s, "after_s": after_s}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,6 +38,8 @@ def timings(config: SuiteConfig) -> Stage:
         "guidance": config.guidance,
         "tome": config.tome,
         "dtype": config.dtype,
+        # Another machine's are not this one's, though its folder may come here.
+        "machine": [platform.node(), os.cpu_count()],
     }
     return Stage("timing this machine", settings, _timings)
 

@@ -44,6 +44,12 @@ def environment(problem: Problem, *, observe_limits: bool = False) -> Env:
     )
 
 
+def in_the_mean(problem: Problem) -> Problem:
+    """Return the problem whose rewards are means over a table's pictures, not draws of one."""
+    quality = problem.quality
+    return problem._replace(quality=mean_table(quality)) if isinstance(quality, Table) else problem
+
+
 def tabulate(problem: Problem, bins: int = 200, ratios: int = 401, quality_draws: int = 256) -> Tables:
     """Return the problem's tables for `optimum.solve`.
 
@@ -52,7 +58,7 @@ def tabulate(problem: Problem, bins: int = 200, ratios: int = 401, quality_draws
         bins, ratios: as for `optimum.tables`.
         quality_draws: over which the reward is averaged; a `Table` and the analytic surface have exact means.
     """
-    quality = mean_table(problem.quality) if isinstance(problem.quality, Table) else problem.quality
+    quality = in_the_mean(problem).quality
     if isinstance(quality, Table) or quality is analytic_mse:
         quality_draws = 1
     return tables(

@@ -30,7 +30,7 @@ from megjax.rl.env import Env, EnvParams
 from megjax.rl.evaluate import Evaluation, evaluate
 from megjax.rl.policy import Policy, PolicyInfo, gaussian, save_policy, stacked
 from megjax.rl.ppo import PpoConfig, make_ppo
-from megjax.rl.problem import ANALYTIC, Problem, environment, measured, tabulate
+from megjax.rl.problem import ANALYTIC, Problem, environment, in_the_mean, measured, tabulate
 from megjax.rl.quality import load_table
 from megjax.training.checkpoints import open_checkpoints, restore, save, seal
 
@@ -106,7 +106,8 @@ def train_policies(
 
     Returns:
         One record a run and limit: `limits`, `seed`, `policy` (its file), `optimum` (reward), and
-        `deterministic` and `sampled`, each with the entries of `Evaluation`.
+        `deterministic` and `sampled`, each with the entries of `Evaluation`; of a measured table rewards are
+        means over its pictures.
 
     Raises:
         MegError: limits that no policy can meet, named with the lowest reachable values; a setting out of its
@@ -123,7 +124,9 @@ def train_policies(
     with _progress(f"{len(runs.seeds_R)} runs") if report is None else contextlib.nullcontext(report) as tell:
         states = _fit(config, algorithm, params, runs, best, tell)
     policies = jax.device_get(jax.vmap(algorithm.policy)(states))
-    judge = _judge(config, env, params, learner.squash)
+    # A picture's quality varies far more than policies differ, and is no policy's doing.
+    exact = environment(in_the_mean(problem), observe_limits=config.conditioned)
+    judge = _judge(config, exact, params, learner.squash)
     results = []
     for run, seed in enumerate(runs.seeds_R):
         policy = stacked(policies, run)

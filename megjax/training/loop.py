@@ -34,6 +34,7 @@ from megjax.training.checkpoints import (
 )
 from megjax.training.logs import Logs, Report, Work, open_logs, summary_writer
 from megjax.training.placing import place_batch, place_key
+from megjax.training.processes import together
 from megjax.training.sharding import check_batch, replicated
 from megjax.training.step import Inputs, Share, Step, TrainState, scalars
 
@@ -151,14 +152,19 @@ def fit(
         logs.rewind(first)
         logs.progress(first, "")
 
-        update = _compiled(step, state, mesh)
+        update: Any = _compiled(step, state, mesh)
         window = _Window({})
         flags: deque[tuple[int, Any]] = deque()
         saving = False
         for i in range(first, steps):
             local = batch_at(i) if batch_at is not None else next(batches)  # type: ignore[arg-type]
             batch = local if mesh is None else place_batch(local, mesh)
-            state, metrics = update(state, key, batch if frozen is None else Inputs(batch, frozen))
+            given = batch if frozen is None else Inputs(batch, frozen)
+            if i == first and jax.process_count() > 1:
+                # Collectives wait half a minute for each other, and no compiler takes the same time twice.
+                update = update.lower(state, key, given).compile()
+                together("compiled")
+            state, metrics = update(state, key, given)
             window = _added(window, metrics)
             done, stop = i + 1, asked_to_stop(i + 1)
             end = stop or done == steps

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import jax
-from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from megjax.errors import MegError
+
+PATIENCE_S = 24 * 3600
+"""For the slowest process."""
+
+_MEETINGS = itertools.count()
+"""A barrier serves once."""
 
 
 def join_processes() -> None:
@@ -32,11 +39,14 @@ def join_processes() -> None:
 def together(what: str) -> None:
     """Wait until all processes are here. One that ends while another writes for minutes would end it, too.
 
+    By the coordination service: a collective gives up on a process that compiles or writes for longer.
+
     Args:
         what: has been done; the same on all.
     """
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+    if (count := jax.process_count()) > 1:
+        name = f"megjax: {what}, {next(_MEETINGS)}"
+        multihost.sync_global_processes(name, processes=set(range(count)), timeout=PATIENCE_S)
 
 
 def _local() -> list[int] | None:

@@ -52,7 +52,7 @@ def test_every_preset_is_allowed_under_all_rules(preset, rules, physical):
         ),
         (["--ratios", "0.1", "0.9375"], "ratios (0.1, 0.9375): at least two"),
         (["--rules", "paper", "--ratios", "0", "0.7"], "increasing from 0 to 0.75 are allowed"),
-        (["--seed", "-1"], "seed -1: 0 to 4294967295 is allowed"),
+        (["--seed", "-1"], "seed -1: 0 to 4294967293 is allowed"),
         (["--guidance", "nan"], "guidance nan: finite numbers from 0 on are allowed"),
         (["--profile", "nope"], "unknown hardware profile 'nope'"),
         (["--prompts", "nope.txt", "--only", "fig4"], "nope.txt cannot be read"),
@@ -280,9 +280,9 @@ def small_results():
 def test_tables_say_value_interval_unit_and_tag():
     table = small_results()["items"]["fig0"]["tables"][0]
     rows = csv_text(table).splitlines()
-    assert rows[0] == ',MSE,"MSE, low","MSE, high","time, s","time, s, tag",verdict,found'
-    assert rows[1] == "MEG <1>,0.012345,0.01,0.02,2.5,modelled,holds,R²: 0.988"
-    assert rows[2] == "Split,,,,0.0,paper,,"
+    assert rows[0] == ',MSE,"MSE, low","MSE, high","MSE, tag","time, s","time, s, tag",verdict,found'
+    assert rows[1] == "MEG <1>,0.012345,0.01,0.02,measured,2.5,modelled,holds,R²: 0.988"
+    assert rows[2] == "Split,,,,,0.0,paper,,"
     text = markdown(table)
     assert "| MSE (measured) | time, s | verdict |" in text
     assert "| MEG <1> | 0.0123 [0.0100, 0.0200] | 2.50 | holds | R²: 0.988 |" in text

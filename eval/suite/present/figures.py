@@ -197,12 +197,13 @@ def _panel(axes: Any, panel: Record, theme: Theme) -> None:
 
 
 def _logarithmic(axes: Any, which: Literal["x", "y"]) -> None:
-    """Put a logarithmic scale with plain numbers at 1, 2 and 5 of each decade."""
+    """Put a logarithmic scale with plain numbers, as many of each decade as there is room for."""
     getattr(axes, f"set_{which}scale")("log")
     own = getattr(axes, f"{which}axis")
     low, high = getattr(axes, f"get_{which}lim")()
     decades = np.log10(high / low)
-    own.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0) if decades < 2 else (1.0,)))
+    subs = (1, 1.2, 1.5, 2, 3, 4, 5, 7) if decades < 0.7 else (1, 2, 3, 5) if decades < 1 else (1, 2, 5)
+    own.set_major_locator(LogLocator(10, subs=subs if decades < 2 else (1,)))
     own.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if 1e-4 <= x < 1e5 else significant(x, 1)))
     own.set_minor_formatter(NullFormatter())
 
@@ -219,9 +220,11 @@ def _bars(bars: Record, theme: Theme) -> Figure:
         axes.barh(places, values, left=left, color=colour(part, theme), label=name, height=0.62)
         left += values
     for place, total, row in zip(places, left, rows, strict=True):
-        # The steps come last but for what a centralised server decodes, which is too short to see.
-        steps = row["parts"]["es"] - row["step_s"] * np.arange(row["steps"])
-        axes.vlines(steps[1:], place - 0.31, place + 0.31, color=PAPER[theme], linewidth=0.7)
+        # Backwards from the last step's end: only what a centralised server decodes comes after it.
+        ends = row["parts"]["es"] - row["after_s"] - row["step_s"] * np.arange(row["steps"])
+        axes.vlines(
+            ends[ends < row["parts"]["es"]], place - 0.31, place + 0.31, color=PAPER[theme], linewidth=0.7
+        )
         axes.text(total + 0.01 * longest, place, f"{total:.2f}", va="center", fontsize=8.5)
     axes.set_yticks(places, [row["label"] for row in rows])
     axes.set_xlim(0, 1.1 * longest)

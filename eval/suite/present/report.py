@@ -35,8 +35,7 @@ def report(results: Record, drawn: dict[str, dict[str, bytes]]) -> str:
     sections = "".join(_section(name, item, drawn) for name, item in results["items"].items())
     joined = (
         "Two sources are joined: quality is measured on the model's own pictures through the link; payload, "
-        "FLOPs, "
-        "latency and energy are those of full SDXL at 1024 × 1024 under a hardware profile."
+        "FLOPs, latency and energy are those of full SDXL at 1024 × 1024 under a hardware profile."
         if settings["physical"] == "sdxl"
         else "Quality, payload, FLOPs, latency and energy are all those of the model itself."
     )
@@ -122,12 +121,9 @@ def _footer(results: Record) -> str:
     )
     return (
         f"<p>Computed on {html.escape(results['device'])}, {results['processors']} processors; "
-        f"{html.escape(versions)}. "
-        f"{len(results['stages'])} stages took {seconds:.0f} s; some of them ran side by side, and some may "
-        "come from the "
-        "cache of an earlier run. Every number is in <code>results.json</code>.</p>"
-        "<details><summary>Stages</summary><div class=scroll tabindex=0><table><thead><tr><th></th><th "
-        "scope=col>s</th>"
-        "<th scope=col>device</th><th "
+        f"{html.escape(versions)}. {len(results['stages'])} stages took {seconds:.0f} s; some of them ran "
+        "side by side, and some may come from the cache of an earlier run. Every number is in "
+        "<code>results.json</code>.</p><details><summary>Stages</summary><div class=scroll "
+        "tabindex=0><table><thead><tr><th></th><th scope=col>s</th><th scope=col>device</th><th "
         f"scope=col>finished</th></tr></thead><tbody>{rows}</tbody></table></div></details>"
     )

@@ -23,7 +23,7 @@ def csv_text(table: Record) -> str:
         header += [name]
         if has_interval(table, column["key"]):
             header += [f"{name}, low", f"{name}, high"]
-        if tag_of(table, column["key"]) is None and numeric(table, column["key"]):
+        if numeric(table, column["key"]):
             header += [f"{name}, tag"]
     writer.writerow(header)
     for row in table["rows"]:
@@ -37,7 +37,7 @@ def csv_text(table: Record) -> str:
             line.append("" if found["value"] is None else found["value"])
             if has_interval(table, key):
                 line += [found.get("low", ""), found.get("high", "")]
-            if tag_of(table, key) is None and numeric(table, key):
+            if numeric(table, key):
                 line.append(found.get("tag", ""))
         writer.writerow(line)
     return out.getvalue()
