@@ -43,8 +43,7 @@ def main(config: Config) -> None:
     if config.load is not None:
         print(json.dumps(loaded(config.load)))
         return
-    if config.folder is not None:
-        writable_folder(config.folder, "folder")
+    writable_folder(config.folder, "folder")
     with tempfile.TemporaryDirectory(dir=config.folder) as folder:
         write(Path(folder), config.shard_gb)
         text = child("eval.bench.load", "--load", folder, env={"JAX_PLATFORMS": "cpu"})

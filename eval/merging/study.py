@@ -83,6 +83,7 @@ def run(config: MergingStudyConfig) -> dict[str, Any]:
             f"{config.scenes} scenes, {config.crops} crops, batch {config.batch}: need 2 of each, 1 a batch"
         )
     within(config, 0, LARGEST_SEED, "seed")
+    within(config, -100, 1000, "psnr_db")
     writable_folder(config.folder, "folder")
     prose = None if config.document is None else prose_of(config.document)
     pipeline = load_pipeline(config.model)

@@ -12,7 +12,7 @@ from eval.suite import curves, learning, table2
 from eval.suite.codecs import QUALITY
 from eval.suite.context import Context, get
 from eval.suite.measure import pictures
-from eval.suite.numbers import Interval, Record, interval, number, ratio
+from eval.suite.numbers import Interval, Record, interval, number, ratio, span
 from eval.suite.paper import TABLE_II
 from eval.suite.physical import SDXL_LATENT
 from eval.suite.policies import LEARNERS, Learner, problem, training
@@ -263,7 +263,7 @@ def learned(context: Context) -> list[Claim]:
         energy = where.endswith("Fig. 7")
         over = _excess(found, trained[key], energy=energy)
         values = [
-            _value(_limit_name(found, i, energy), interval(_span(over[i]), "modelled", "% over"))
+            _value(_limit_name(found, i, energy), interval(span(over[i]), "modelled", "% over"))
             for i in limits
         ]
         if kept:
@@ -301,10 +301,7 @@ def learned(context: Context) -> list[Claim]:
             f"At the loose limit MEG-CVPO converges faster, trained for {budgets['cvpo']:.3g} million frames "
             f"against {budgets['ppo']:.3g}",
             "V-B2, Fig. 6",
-            [
-                _value(LEARNERS[k], interval(_span(v), "measured", "million frames"))
-                for k, v in frames.items()
-            ],
+            [_value(LEARNERS[k], interval(span(v), "measured", "million frames")) for k, v in frames.items()],
             f"it needs fewer frames until its MSE stays within {100 * (SETTLED - 1):.0f} % of its last, "
             f"seeds' mean{annealed}",
             _verdict(bool(np.mean(frames["cvpo"]) < np.mean(frames["ppo"]))),
@@ -401,10 +398,6 @@ def _seeds_ratio(values: np.ndarray, over: np.ndarray) -> Interval:
         float(values.min() / over.max()),
         float(values.max() / over.min()),
     )
-
-
-def _span(values: Sequence[float]) -> Interval:
-    return Interval(float(np.mean(values)), float(np.min(values)), float(np.max(values)))
 
 
 def untestable(context: Context) -> list[Claim]:

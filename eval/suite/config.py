@@ -89,6 +89,11 @@ class SuiteConfig:
         """The noise level in force."""
         return PSNR_DB[self.rules] if self.psnr_db is None else self.psnr_db
 
+    @property
+    def charged(self) -> str:
+        """What bits, latency and energy are of, for captions."""
+        return "full SDXL at 1024 x 1024" if self.physical == "sdxl" else f"{self.model} itself"
+
 
 def items(config: SuiteConfig) -> tuple[str, ...]:
     """Return the items asked for, in the report's order.

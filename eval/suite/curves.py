@@ -18,7 +18,10 @@ from eval.suite.numbers import Record, axis, line, mean, number
 from eval.suite.paper import FIG5_RATIOS, TABLE_II
 from eval.suite.policies import STEPS, counts, quality
 from eval.suite.table2 import entries, pruning_said, shown, stronger
-from eval.suite.timing import PICTURES, timings
+from eval.suite.timing import DECODER, PICTURES, PLAIN, TOME, timings
+from megjax.link.counts import largest_ratio
+from megjax.link.payload import rounds_of
+from megjax.rl.problem import SDXL_GRID
 
 SHOWN_STEPS = 8
 """T of the curves that do not vary it."""
@@ -33,7 +36,7 @@ def fig3(context: Context) -> Record:
     found = get(context, timings(context.config))
     overall = found["lines"]["all"]
     curves = []
-    for kind in ("U-Net", "U-Net, ToMe", "VAE decoder"):
+    for kind in (PLAIN, TOME, DECODER):
         own = [p for p in found["points"] if p["kind"] == kind]
         x, y = [p["flops"] / 1e9 for p in own], [1e3 * p["seconds"] for p in own]
         curves.append(line(kind, kind, x, y, "measured", points=True, timed=True))
@@ -58,7 +61,7 @@ def fig3(context: Context) -> Record:
         figures[0]["panels"].append({"x": axis("work", "GFLOP"), "y": axis("energy", "J"), "lines": [joules]})
     rows = [
         {
-            "label": "all" if kind == "all" else kind,
+            "label": kind,
             "cells": {
                 "speed": number(own["flops_per_s"] / 1e9, "measured", "GFLOP/s", timed=True),
                 "start": number(1e3 * own["intercept_s"], "measured", "ms", timed=True),
@@ -164,12 +167,14 @@ def fig5(context: Context) -> Record:
     """Return Fig. 5: MSE against T for each method and ratio."""
     config, data = context.config, fig5_data(context)
     best = stronger_pruning(context, data)
+    most = largest_ratio(SDXL_GRID, rounds_of(config.rules))  # the rules `paper` merge no more
     curves = []
     for key, own in data.items():
         name, ratio = key.split("/")
         if name in methods.PRUNINGS and name != best:
             continue
-        shown_ratio = "" if name.startswith("split") else f", ratio {ratio}"  # type: ignore[index]
+        merged = min(float(ratio), most) if name.startswith("meg") else float(ratio)
+        shown_ratio = "" if name.startswith("split") else f", ratio {merged:g}"
         label = f"{LABELS[name]}{shown_ratio}"  # type: ignore[index]
         dash = name == "meg_plain"
         curves.append(line(key, label, list(own), [mean(v) for v in own.values()], "measured", dash=dash))
@@ -263,7 +268,6 @@ def payload(context: Context) -> Record:
     size = float((photographs or coded["own"])["jpeg_bits"].mean()) * area / 8e3
     jpeg = f"Centralized, JPEG {QUALITY}"
     curves.append(line("jpeg", jpeg, [size], [mean(coded["own"]["jpeg_mse"])], "measured", points=True))
-    of = "full SDXL at 1024 x 1024" if config.physical == "sdxl" else f"{config.model} itself"
     stand_in = " JPEG's bits a pixel are those of photographs." if photographs else ""
     return {
         "text": ["What the same number of bytes is worth by each method, side information charged."],
@@ -273,8 +277,8 @@ def payload(context: Context) -> Record:
                 "id": "payload",
                 "title": "MSE against the message's length",
                 "caption": f"Two sources joined: MSE measured on {config.model} at T = {SHOWN_STEPS} and "
-                f"{config.feature_psnr_db:g} dB PSNR; bytes are those of {of}.{stand_in} JPEG has no channel "
-                "noise.",
+                f"{config.feature_psnr_db:g} dB PSNR; bytes are those of {config.charged}."
+                f"{stand_in} JPEG has no channel noise.",
                 "alt": "MSE of merging and of pruning against kilobytes sent, with the whole latent and "
                 "JPEG.",
                 "panels": [{"x": axis("message", "kB", "log"), "y": axis("MSE", "", "log"), "lines": curves}],

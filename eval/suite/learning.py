@@ -10,7 +10,7 @@ import numpy as np
 from eval.suite import methods, physical
 from eval.suite.context import Context, get
 from eval.suite.measure import chosen
-from eval.suite.numbers import Interval, Record, axis, geometric, interval, line, number
+from eval.suite.numbers import Record, axis, geometric, interval, line, number, span
 from eval.suite.policies import LEARNERS, Learner, choice, counts, problem, training
 from megjax.link.profiles import load
 
@@ -64,10 +64,9 @@ def _item(context: Context, name: str, limits: tuple[int, ...], which: int) -> R
 
 def _joined(context: Context) -> str:
     config = context.config
-    of = "full SDXL at 1024 x 1024" if config.physical == "sdxl" else f"{config.model} itself"
     return (
         f"Two sources joined: the MSE behind the reward is measured on {config.model} at "
-        f"{config.feature_psnr_db:g} dB PSNR; latency and energy are those of {of} under profile "
+        f"{config.feature_psnr_db:g} dB PSNR; latency and energy are those of {config.charged} under profile "
         f"{config.profile}."
     )
 
@@ -101,7 +100,7 @@ def _panel(
         else:
             values = np.asarray([run["costs"] for run in own])[:, :, which]
             level, tag = found["limits"][limit][which], "modelled"
-        points = [Interval(*x) for x in zip(values.mean(0), values.min(0), values.max(0), strict=True)]
+        points = [span(each) for each in values.T]
         label = f"{found['limits'][limit][which]:g} {UNITS[which]}"
         curves.append(line(name, label, frames.tolist(), points, tag))
         levels.append({"axis": "y", "value": level, "series": name, "tag": tag})
@@ -122,10 +121,10 @@ def _final_table(
             bound = found["limits"][limit][which]
             cells = {
                 "limit": number(bound, "modelled", UNITS[which]),
-                "mse": interval(_range(mse), "measured"),
+                "mse": interval(span(mse), "measured"),
                 "optimum": number(math.exp(-found["optimum"][limit]["reward"]), "measured"),
-                "cost": interval(_range(costs), "modelled", UNITS[which]),
-                "excess": interval(_range(100 * (costs / bound - 1)), "modelled", "%"),
+                "cost": interval(span(costs), "modelled", UNITS[which]),
+                "excess": interval(span(100 * (costs / bound - 1)), "modelled", "%"),
             } | _drawn_cells(context, key, limit, which)
             rows.append({"label": f"{LEARNERS[key]}, {bound:g} {UNITS[which]}", "cells": cells})
     what = ("latency", "energy")[which]
@@ -174,10 +173,6 @@ def _costs(context: Context, made: Any) -> dict[str, np.ndarray]:
     bits = [methods.bits("meg", scale.latent, ratio, config.rules) for ratio in made["ratios"]]
     snr_P = physical.draw_channels(config.seed, config.pictures)
     return physical.costs(compute, np.asarray(made["steps"]), np.asarray(bits), snr_P)
-
-
-def _range(values: np.ndarray) -> Interval:
-    return Interval(float(values.mean()), float(values.min()), float(values.max()))
 
 
 def pareto(context: Context) -> Record:

@@ -12,11 +12,12 @@ import numpy as np
 from jaxtyping import Float
 
 from eval.metrics import captions_right, mse, ssim
+from eval.prompts import Prompts, draw
 from eval.suite.config import MAX_STEPS, SuiteConfig
 from eval.suite.context import Context, Stage, get
 from eval.suite.methods import LABELS, TOME, Method, Name
 from megjax.models import Params
-from megjax.pipeline.split import decode, denoise, finite, unet_params
+from megjax.pipeline.split import decode, finite, unet_params
 
 NOISE, AIR = 2, 3
 """Purposes of keys."""
@@ -88,25 +89,14 @@ def _reference_latents(config: SuiteConfig) -> Stage:
 
 def _latents(context: Context, settings: Mapping[str, Any]) -> dict[str, Any]:
     pipeline, batch = context.pipeline, context.config.batch
-    params, sampler = unet_params(pipeline)
+    sampler = unet_params(pipeline)[1]
     side, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
     noise = jax.vmap(lambda key: jax.random.normal(key, (side, side, channels)))(context.keys(NOISE))
     parts = []
     for i, (prompt, empty) in enumerate(context.conditioning):
         own = noise[i * batch : (i + 1) * batch]
-        z = denoise(
-            pipeline,
-            params,
-            own,
-            prompt,
-            empty,
-            settings["steps"],
-            settings["guidance"],
-            jnp.zeros_like(own),
-            1.0,
-            sampler=sampler,
-            tome_ratio=settings["tome"],
-        )
+        prompts = Prompts((), prompt, empty, own)
+        z = draw(pipeline, prompts, sampler, settings["steps"], settings["guidance"], settings["tome"])
         parts.append(np.asarray(z, np.float32))
     return {"z": np.concatenate(parts)}
 

@@ -18,11 +18,16 @@ Record: TypeAlias = dict[str, Any]
 
 
 class Interval(NamedTuple):
-    """An estimate with its 95 % bootstrap interval."""
+    """An estimate with its 95 % bootstrap interval, or what it spans."""
 
     value: float
     low: float
     high: float
+
+
+def span(values: Sequence[float] | Float[np.ndarray, " S"]) -> Interval:
+    """Return the mean of a few seeds' values between the least and the greatest."""
+    return Interval(float(np.mean(values)), float(np.min(values)), float(np.max(values)))
 
 
 def number(value: float, tag: Tag, unit: str = "", *, timed: bool = False) -> Record:

@@ -255,11 +255,10 @@ def _modelled_table(
             "energy": number(own["energy_j"].mean(), "modelled", "J"),
         }
         records.append({"label": entry.label, "cells": cells})
-    of = "full SDXL at 1024 x 1024" if config.physical == "sdxl" else f"{config.model} itself"
     return {
         "id": "table2-modelled",
         "title": "Latency and energy, modelled",
-        "caption": f"Bits and FLOPs of {of}, counted from the program, under hardware profile "
+        "caption": f"Bits and FLOPs of {config.charged}, counted from the program, under hardware profile "
         f"{config.profile}; "
         "every picture over its own channel, 200 to 300 m, the same for all methods. Side information "
         "charged.",
@@ -345,13 +344,12 @@ def _timeline(config: SuiteConfig, scale: Scale, rows: tuple[Entry, ...], modell
         }
         for e in kept
     ]
-    of = "SDXL at 1024 x 1024" if config.physical == "sdxl" else config.model
     return {
         "id": "timeline",
         "title": "One frame's timeline, to scale",
-        "caption": f"Modelled latency of one frame by part: {of} under profile {config.profile}, mean over "
-        "the channels; marks within the server's part are denoising steps. Centralised generation with raw "
-        "16-bit RGB is left out: it would be many times as long.",
+        "caption": f"Modelled latency of one frame by part: {config.charged} under profile "
+        f"{config.profile}, mean over the channels; marks within the server's part are denoising steps. "
+        "Centralised generation with raw 16-bit RGB is left out: it would be many times as long.",
         "alt": "Stacked horizontal bars of server, air and device seconds for each method.",
         "bars": {"x": {"label": "latency", "unit": "s", "scale": "linear"}, "tag": "modelled", "rows": bars},
     }
