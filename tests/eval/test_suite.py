@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from configs.suite import PRESETS
 from eval.suite import cache, methods, physical, table1
@@ -19,7 +20,7 @@ from eval.suite.numbers import Interval, axis, interval, line, mean, number, psn
 from eval.suite.paper import SDXL_FLOPS, TABLE_II
 from eval.suite.physical import SDXL_LATENT, TABLE2_RATE_BPS
 from eval.suite.policies import PAPER_PPO
-from eval.suite.present.figures import draw
+from eval.suite.present.figures import _panel, draw
 from eval.suite.present.report import report
 from eval.suite.present.tables import csv_text, html_table, markdown, significant
 from megjax.data.loader import DataConfig, open_pictures
@@ -396,3 +397,14 @@ def test_the_authors_gains_act_on_an_episodes_excess():
     np.testing.assert_allclose(integral, 64 * 0.3 * 0.0005, rtol=1e-4)
     # A price of 100 J is a tenth of a kilojoule's.
     np.testing.assert_allclose(prices(pid, lam), [lam[0], 10 * lam[1]], rtol=1e-6)
+
+
+def test_points_are_marked_however_dense_a_line_is():
+    dense = line("optimum", "optimum", range(64), range(64), "measured")
+    points = line("cvpo", "MEG-CVPO", [3.0], [4.0], "measured", points=True)
+    panel = {"x": axis("x", "s"), "y": axis("y", "dB"), "lines": [dense, points]}
+    axes = Figure().subplots()
+    _panel(axes, panel, "light")
+    shown = {each.get_label(): each.get_marker() for each in axes.get_lines()}
+    assert shown["optimum"] in ("", "None")
+    assert shown["MEG-CVPO"] == "o"

@@ -168,10 +168,13 @@ def _panel(axes: Any, panel: Record, theme: Theme) -> None:
         axes.axvspan(span["from"], span["to"], color=FAINT[theme], alpha=0.35, linewidth=0)
         axes.text(span["from"], 0.99, f" {span['label']}", transform=axes.get_xaxis_transform(), va="top",
                   fontsize=8, color=GREY[theme])  # fmt: skip
-    crowded = max(len(curve["x"]) for curve in panel["lines"]) > 20
+    drawn = [curve for curve in panel["lines"] if not curve.get("points")]
+    crowded = max((len(curve["x"]) for curve in drawn), default=0) > 20
     for curve in panel["lines"]:
         own = colour(curve["series"], theme)
-        marker = "" if crowded else MARKERS.get(curve["series"].split("/")[0], "o")
+        marker = (
+            "" if crowded and not curve.get("points") else MARKERS.get(curve["series"].split("/")[0], "o")
+        )
         style = "none" if curve.get("points") else (0, (5, 2)) if curve.get("dash") else "-"
         if curve.get("dash"):
             marker = ""
