@@ -56,7 +56,7 @@ def prompts_of(pipeline: Pipeline, texts: Sequence[str], key: Key[Array, ""]) ->
     both = (tokenize(pipeline.tokenizers, t, allow_empty=True) for t in (texts, [""] * len(texts)))
     prompt, empty = (condition(pipeline, pipeline.params, jnp.asarray(ids), size=size) for ids in both)
     shape = (len(texts), config.sample_size, config.sample_size, config.in_channels)
-    return Prompts(texts, prompt, empty, jax.random.normal(key, shape))
+    return Prompts(texts, prompt, empty, jax.random.normal(key, shape, jnp.float32))
 
 
 def draw(

@@ -91,7 +91,9 @@ def _latents(context: Context, settings: Mapping[str, Any]) -> dict[str, Any]:
     pipeline, batch = context.pipeline, context.config.batch
     sampler = unet_params(pipeline)[1]
     side, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
-    noise = jax.vmap(lambda key: jax.random.normal(key, (side, side, channels)))(context.keys(NOISE))
+    noise = jax.vmap(lambda key: jax.random.normal(key, (side, side, channels), jnp.float32))(
+        context.keys(NOISE)
+    )
     parts = []
     for i, (prompt, empty) in enumerate(context.conditioning):
         own = noise[i * batch : (i + 1) * batch]

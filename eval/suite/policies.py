@@ -37,6 +37,7 @@ from megjax.rl.ppo import Pid, PpoConfig
 from megjax.rl.problem import Problem, tabulate, wire_payload
 from megjax.rl.quality import make_table
 from megjax.rl.training import PolicyRunConfig, train_policies
+from megjax.training.checkpoints import NoCheckpointLeft
 
 Learner: TypeAlias = Literal["cvpo", "ppo"]
 LEARNERS: dict[Learner, str] = {"cvpo": "MEG-CVPO", "ppo": "PPO-Lagrangian"}
@@ -320,15 +321,8 @@ def _trained(
 
     try:
         results = train()
-    except MegError:
-        raise
-    except Exception as error:  # whatever a damaged checkpoint makes of itself
-        if not config.folder.exists():
-            raise
-        print(
-            f"cache: {config.folder} cannot be continued ({type(error).__name__}); training again",
-            file=sys.stderr,
-        )
+    except NoCheckpointLeft:
+        print(f"cache: {config.folder} cannot be continued; training again", file=sys.stderr)
         shutil.rmtree(config.folder)
         results = train()
     lines = [json.loads(line) for line in (config.folder / "curves.jsonl").read_text().splitlines()]

@@ -39,7 +39,7 @@ def timings(config: SuiteConfig) -> Stage:
         "tome": config.tome,
         "dtype": config.dtype,
         # Another machine's are not this one's, though its folder may come here.
-        "machine": [platform.node(), os.cpu_count()],
+        "machine": [platform.processor(), os.cpu_count()],
     }
     return Stage("timing this machine", settings, _timings)
 

@@ -236,11 +236,11 @@ def _of_row(row: Mapping[str, Any], name: str, config: DataConfig, size: int) ->
 
     def contents() -> bytes:
         if isinstance(value, str):
-            # Python would open `file:` too, and with it this machine's own files.
-            if not value.lower().startswith(("http://", "https://")):
-                raise MegError("only http and https addresses are fetched")
             # Some servers refuse a client without a name.
             request = urllib.request.Request(value, headers={"User-Agent": "megjax"})
+            # Python would open `file:` too, and with it this machine's own files.
+            if request.type not in ("http", "https"):
+                raise MegError("only http and https addresses are fetched")
             with urllib.request.urlopen(request, timeout=FETCH_SECONDS) as answer:
                 return _bounded(answer)
         if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):

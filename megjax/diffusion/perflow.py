@@ -198,7 +198,7 @@ def perflow(
     student: Denoise,
     z_BxHxWxC: Float[Array, "B H W C"],
     sched: Schedule,
-    steps: Int[Array, ""] | int,
+    steps: Int[Array, ""] | int | np.integer,
     start: Int[Array, ""] | int = 0,
     *,
     kind: Parametrisation = "ddim_eps",

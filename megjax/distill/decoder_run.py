@@ -31,7 +31,7 @@ from megjax.distill.decoder import (
     magnitude_pruned,
     merged,
 )
-from megjax.distill.encoding import encoded_latents, model_key, sampled_latents
+from megjax.distill.encoding import ENCODERS, encoded_latents, model_key, sampled_latents
 from megjax.distill.export import on_every_process, save_weights
 from megjax.distill.pruning import init_gate
 from megjax.errors import MegError
@@ -306,7 +306,8 @@ def _meaning(config: DecoderConfig, pipeline: Pipeline) -> dict[str, Any]:
     if config.latents == "sampled":
         sampler = unet_params(pipeline)[1]
         unet = STUDENT if sampler == "perflow" else "unet"
-        meaning |= {"unet": model_key(pipeline, (unet, "scheduler")), "guidance": config.guidance}
+        meaning |= {"sampler": model_key(pipeline, (unet, "scheduler", *ENCODERS))}
+        meaning |= {"guidance": config.guidance}
     return meaning
 
 

@@ -464,7 +464,9 @@ def _evaluation(
     number = min(config.grid_prompts, config.held_out)
     data = stacked(len(rows) - config.held_out, config.held_out)
     learned = stacked(0, min(config.held_out, len(rows) - config.held_out))
-    noise = np.asarray(jax.random.normal(jax.random.key(config.seed + 1), data["z0"][:number].shape))
+    noise = np.asarray(
+        jax.random.normal(jax.random.key(config.seed + 1), data["z0"][:number].shape, jnp.float32)
+    )
     # Without its text an example's error says what a caption is worth, not how near the student is.
     loss = distillation_loss(dataclasses.replace(config, text_drop=0.0), pipeline, pipeline.unet)
     steps = [T for T in GRID_STEPS if config.windows <= T]

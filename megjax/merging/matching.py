@@ -185,7 +185,8 @@ def best_destination(
         width: sources to hold the similarities of at once.
     """
     # 16-bit tokens multiply exactly in fewer passes, as long as they stay what they are: their gain comes
-    # after the product. By default a TPU rounds to bfloat16, and a GPU to TF32, which holds float16 too.
+    # after the product. By default a TPU rounds to bfloat16, in "high" it errs by 2^-16 of a float16; a GPU
+    # rounds to TF32, which holds both.
     exact = x_NxD.dtype.itemsize < 4
     precision = "highest" if not exact else "default" if x_NxD.dtype == jnp.bfloat16 else "high"
     b_BxD = x_NxD[partition.destination_B].astype(jnp.float32)

@@ -71,7 +71,8 @@ def unpack(message: bytes) -> Received:
     """
     header = wire.decode(message)
     content = carried(header)
-    return Received(jnp.asarray(content["features"]), rebuild_plan(content, header.grid), header)
+    merged_NxD = jnp.asarray(content.pop("features"))
+    return Received(merged_NxD, rebuild_plan(content, header.grid), header)
 
 
 def carried_shapes(grid: Grid, values: int) -> dict[str, jax.ShapeDtypeStruct]:

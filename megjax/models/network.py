@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Key
 
+from megjax.errors import MegError
 from megjax.models.placement import gathered, gathering
 
 Params = dict[str, Any]
@@ -37,7 +38,14 @@ class Options:
     def __post_init__(self) -> None:
         # One spelling, so that equal options are equal: networks are cached by them.
         for name in ("dtype", "param_dtype"):
-            object.__setattr__(self, name, jnp.dtype(getattr(self, name)))
+            given = getattr(self, name)
+            try:
+                dtype = jnp.dtype(given)
+            except TypeError:
+                dtype = None
+            if given is None or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+                raise MegError(f"{name} {given!r}: take float32, bfloat16 or float16")
+            object.__setattr__(self, name, dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, so that `jax.jit` takes it as a function

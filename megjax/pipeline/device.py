@@ -151,7 +151,8 @@ def picture_mse(device: Device, other: Device, pictures: int = 8) -> float:
 
     @jax.jit
     def error(key: Array) -> Array:
-        z = jax.random.normal(key, (1, height // scale, width // scale, config.latent_channels))
+        shape = (1, height // scale, width // scale, config.latent_channels)
+        z = jax.random.normal(key, shape, jnp.float32)
         first, second = (
             jnp.clip(d.decoder(dequantised(d.params), z), 0.0, 1.0).astype(jnp.float32)
             for d in (device, other)

@@ -267,7 +267,7 @@ def _denoiser(
     prompt, *empty = (condition(pipeline, params, jnp.asarray(i), size=(height, width)) for i in read)
     config = pipeline.vae_decoder.config
     latent = (1, height // config.downsampling, width // config.downsampling, config.latent_channels)
-    # A seed's picture is the same whatever JAX's default is.
+    # A seed's picture is the same whatever JAX's default dtype is.
     noise = jax.random.normal(request_keys(request.seed).noise, latent, jnp.float32)
     if init_image_HxWx3 is None:
         start, strength = jnp.zeros(latent, jnp.float32), 1.0

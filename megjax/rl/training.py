@@ -381,6 +381,8 @@ def _claim(config: PolicyRunConfig, table: optimum.Tables) -> None:
             there = json.loads(path.read_text())
         except ValueError:
             raise MegError(f"{path}: not valid JSON; mend it, or choose another --folder") from None
+        if isinstance(there.get("kind"), dict):  # of a former version, which kept a hash of the problem
+            there |= {"kind": there["kind"].get("learner"), "problem": here["problem"]}
         if different := sorted(name for name in here.keys() | there if not _same(here, there, name)):
             raise MegError(
                 f"{config.folder} holds a run with other settings ({', '.join(different)}): choose another "

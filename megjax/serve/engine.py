@@ -250,7 +250,7 @@ def _write(merged: Merged, row: int, task: Task, pipeline: Pipeline, grid: Grid)
     ratio = task.ratio
     assert ratio is not None
     try:
-        key = jax.random.wrap_key_data(key_data)
+        key = jax.random.wrap_key_data(key_data, impl="threefry2x32")
         message = merging.pack(features_NxD, plan, key, ratio, grid, dtype=task.dtype)
         return Sent(message, int(plan.count), _bits(pipeline, task.size, ratio, task.dtype))
     except MegError as error:

@@ -41,6 +41,10 @@ _DAMAGE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 """Errors of the system that tell of what is stored; all others may be over at the next start."""
 
 
+class NoCheckpointLeft(MegError):
+    """All of a run's checkpoints are damaged."""
+
+
 class Position(NamedTuple):
     """Where a run stands beside its state; saved as JSON.
 
@@ -119,13 +123,14 @@ def claim(folder: Path, name: str, what: Mapping[str, Any]) -> None:
             there = json.loads(path.read_text())
         except ValueError:
             raise MegError(f"{path}: not valid JSON; mend it, or choose another --folder") from None
-        if wrong := sorted(name for name in here.keys() | there if here.get(name) != there.get(name)):
+        # A former version may have noted less.
+        if wrong := sorted(name for name in there if here.get(name) != there[name]):
             name = wrong[0]
             raise MegError(
-                f"{path}: its checkpoints are of {name} {there.get(name)}, this run is of "
-                f"{here.get(name)}; choose another --folder"
+                f"{path}: its checkpoints are of {name} {there[name]}, this run is of {here.get(name)}; "
+                "choose another --folder"
             )
-    elif jax.process_index() == 0:
+    if jax.process_index() == 0:
         write_file(path, json.dumps(here, indent=2) + "\n")
 
 
@@ -180,7 +185,8 @@ def restore(
         with_data: a checkpoint that does not tell the data's position is damaged.
 
     Raises:
-        MegError: none of them can be read, or they are another model's.
+        NoCheckpointLeft: none of them is whole.
+        MegError: they are another model's, or the newest cannot be read for a reason that may pass.
     """
     folder = Path(manager.directory)
     for step in sorted(manager.all_steps(), reverse=True):
@@ -194,7 +200,7 @@ def restore(
             raise
         except Exception as error:  # whatever the damage makes Orbax raise
             if isinstance(error, OSError) and not isinstance(error, _DAMAGE):
-                raise MegError(f"{folder / str(step)}: cannot be read now ({error}); start again") from None
+                raise MegError(_unreadable(folder / str(step), error)) from None
             if jax.process_index() == 0:
                 reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
                 _set_aside(folder / str(step), reason, say)
@@ -204,7 +210,7 @@ def restore(
         seal(manager)
         return Restored(state, position, step)
     if damaged := sorted(p.name for p in (folder / "damaged").glob("*")):
-        raise MegError(
+        raise NoCheckpointLeft(
             f"{folder}: no checkpoint is left; damaged are those of steps {', '.join(damaged)}. Move "
             "one back that is whole after all, or remove the folder to start anew"
         )
@@ -310,13 +316,23 @@ def _complaint(step: Path) -> str | None:
         return None
     except ValueError:
         return f"{path.name} is no manifest"
-    found = _manifest(step)
+    try:
+        found = _manifest(step)
+    except OSError as error:
+        raise MegError(_unreadable(step, error)) from None
     for name, values in expected.items():
         if name not in found:
             return f"{name} is missing"
         if found[name] != values:
             return f"{name} has changed: {found[name][0]} bytes, written were {values[0]}"
     return None
+
+
+def _unreadable(step: Path, error: OSError) -> str:
+    return (
+        f"{step}: cannot be read now ({error}); start again. If that stays so, move it away to go on from "
+        "the one before"
+    )
 
 
 def _set_aside(step: Path, complaint: str, say: Say) -> None:

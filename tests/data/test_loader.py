@@ -13,7 +13,7 @@ from PIL import Image
 
 from megjax.data import loader
 from megjax.data.loader import Broken, DataConfig, Example, data_key, open_pictures, shuffled_batches
-from megjax.data.pictures import upright_rgb
+from megjax.data.pictures import to_uint8, upright_rgb
 from megjax.errors import MegError
 
 
@@ -160,6 +160,8 @@ def test_addresses_are_fetched_and_dead_ones_named(tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         row = {"url": f"http://127.0.0.1:{server.server_port}/a.png", "caption": "green"}
         assert loader._of_row(row, "x/y, row 0", config, 8).caption == "green"
+        blank = {**row, "url": f" <{row['url']}>"}
+        assert loader._of_row(blank, "x/y, row 0", config, 8).caption == "green"
         dead = loader._of_row({**row, "url": row["url"].replace("a.png", "b.png")}, "x/y, row 1", config, 8)
         server.shutdown()
     assert "b.png" in dead.name
@@ -179,6 +181,10 @@ def test_an_answer_without_end_is_broken_off(monkeypatch):
     monkeypatch.setattr(loader, "FETCH_BYTES", 2**20)
     row, config = {"image": "http://camera/", "text": "a street"}, DataConfig(source="hf:x/y")
     assert "more than 1 MiB" in loader._of_row(row, "x/y, row 0", config, 8).reason
+
+
+def test_what_lies_outside_is_clipped_not_wrapped():
+    np.testing.assert_array_equal(to_uint8(np.float32([-0.1, 0.5, 1.2])), [0, 128, 255])
 
 
 def test_half_an_emoji_is_a_broken_caption():

@@ -230,3 +230,5 @@ def test_one_trace_serves_every_number_of_steps():
 def test_fewer_steps_than_windows_are_refused():
     with pytest.raises(MegError, match="needs at least 4"):
         perflow(gaussian_noise, jnp.ones((1, 2, 2, 1)), SCHED, 3)
+    with pytest.raises(MegError, match="at least 4"):
+        perflow(gaussian_noise, jnp.ones((1, 2, 2, 1)), SCHED, np.int64(3))

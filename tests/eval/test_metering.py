@@ -109,6 +109,14 @@ def test_rapl_counts_the_packages_and_not_the_platform_that_holds_them(tmp_path,
     np.testing.assert_allclose(joules(), 0.3)
 
 
+def test_a_tpus_energy_is_not_its_hosts(tmp_path, monkeypatch):
+    monkeypatch.setattr(metering, "_RAPL", tmp_path)
+    zone(tmp_path / "intel-rapl:0", "package-0", 5)
+    assert metering.energy_meter() is not None
+    monkeypatch.setattr(metering.jax, "default_backend", lambda: "tpu")
+    assert metering.energy_meter() is None
+
+
 def test_no_meter_is_said_and_not_invented(tmp_path, monkeypatch):
     monkeypatch.setattr(metering, "_RAPL", tmp_path)
     assert metering.energy_meter() is None

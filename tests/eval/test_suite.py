@@ -408,3 +408,9 @@ def test_points_are_marked_however_dense_a_line_is():
     shown = {each.get_label(): each.get_marker() for each in axes.get_lines()}
     assert shown["optimum"] in ("", "None")
     assert shown["MEG-CVPO"] == "o"
+
+
+def test_the_least_level_is_nothing_left_out_where_that_fits():
+    whole = methods.bits("meg", SDXL_LATENT, 0.0)
+    assert methods.level_at("meg", SDXL_LATENT, whole) == 0.0
+    assert methods.level_at("meg", SDXL_LATENT, whole - 1) > 0.0

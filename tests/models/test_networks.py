@@ -303,3 +303,11 @@ def test_text_encoder_pools_at_the_first_end_token():
     # A causal encoder does not see what follows the end, so padding with anything pools the same.
     ids[0, 8:] = 5
     np.testing.assert_allclose(net(params, jnp.asarray(ids))[1][0], pooled[0], rtol=1e-5, atol=1e-5)
+
+
+def test_equal_options_are_equal_however_a_dtype_is_spelt():
+    assert Options("bfloat16") == Options(jnp.bfloat16)
+    assert hash(Options("bfloat16")) == hash(Options(jnp.bfloat16))
+    for wrong in ("foo", None, "int8"):
+        with pytest.raises(MegError, match="take float32, bfloat16 or float16"):
+            Options(dtype=wrong)

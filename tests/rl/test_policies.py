@@ -291,7 +291,8 @@ def test_a_conditioned_policy_knows_the_limits_between_those_it_was_trained_on()
     # It has only ever seen 1.8 kJ, and may say anything of 1.8017: a thousandth is the same limit.
     (weight, bias), *rest = policy.params.actor
     touchy = ((weight.at[4, 0].set(1.0), bias), (rest[0][0].at[0, 1].set(1e4), rest[0][1]))
-    actor = policy._replace(params=policy.params._replace(actor=touchy))
+    moments = policy.params.moments._replace(mean=policy.params.moments.mean.at[4].set(1.8))
+    actor = policy._replace(params=policy.params._replace(actor=touchy, moments=moments))
     assert act(actor, -1.5, limits=(2.5, 1.9 * 0.948)) == act(actor, -1.5, limits=(2.5, 1.8))
     for outside in ((2.2, 1.8), (4.1, 1.8), (3.0, 1.7)):
         with pytest.raises(MegError, match=r"from \(2\.3, 1\.8\) to \(4\.0, 1\.8\)"):

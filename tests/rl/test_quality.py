@@ -16,7 +16,15 @@ from megjax.link.payload import payload_bits
 from megjax.pipeline import load_pipeline
 from megjax.rl.env import REFERENCE, action_of
 from megjax.rl.optimum import tables
-from megjax.rl.problem import Problem, environment, measured, tabulate, wire_payload
+from megjax.rl.problem import (
+    ANALYTIC,
+    Problem,
+    environment,
+    in_the_mean,
+    measured,
+    tabulate,
+    wire_payload,
+)
 from megjax.rl.quality import analytic_mse, load_table, make_table, mean_table, save_table
 from tests.small import save_random
 
@@ -248,3 +256,14 @@ def test_measured_and_live_quality_agree(backbone, tmp_path):
         np.testing.assert_allclose(*both(steps, 0.0, 10.0), rtol=0.3)
     assert both(4, 0.9, 10.0)[0] > both(4, 0.0, 200.0)[0]
     assert "0.9" in summary(table)
+
+
+def test_rewards_in_the_mean_are_no_draws():
+    problem = Problem(quality=SPREAD)
+    reward, exact = (
+        [float(q(jax.random.key(i), jnp.float32(8.0), jnp.float32(0.5), jnp.float32(10.0))) for i in range(8)]
+        for q in (problem.quality, in_the_mean(problem).quality)
+    )
+    assert len(set(reward)) > 1
+    assert len(set(exact)) == 1
+    assert in_the_mean(ANALYTIC) is ANALYTIC

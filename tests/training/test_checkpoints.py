@@ -198,3 +198,12 @@ def test_the_old_layout_is_restored(tmp_path):
         manager.save(2, args=ocp.args.StandardSave(state))
     again = run(tmp_path / "old", 2, batches=None, batch_at=lambda i: Counting().__next__())
     np.testing.assert_array_equal(again.params["x"], state.params["x"])
+
+
+def test_a_note_of_a_former_version_is_completed(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    checkpoints.claim(folder, "run", {"windows": 4})
+    checkpoints.claim(folder, "run", {"windows": 4, "guidance": 3.0})
+    with pytest.raises(MegError, match=r"checkpoints are of guidance 3\.0, this run is of 7\.5"):
+        checkpoints.claim(folder, "run", {"windows": 4, "guidance": 7.5})
