@@ -231,9 +231,9 @@ def perflow(
         return student(z.astype(dtype), t_B).astype(z.dtype)
 
     def body(i: Array, z: Array) -> Array:
-        return perflow_step(follow, z, sched, *perflow_timesteps(sched, steps, i, windows), kind, windows)
+        return perflow_step(follow, z, sched, *perflow_timesteps(sched, T, i, windows), kind, windows)
 
-    steps, start = jnp.asarray(steps, jnp.int32), jnp.asarray(start, jnp.int32)
+    T, start = jnp.asarray(steps, jnp.int32), jnp.asarray(start, jnp.int32)
     # Sixteen bits are too few for the times and the sum of many small steps.
     carried = z_BxHxWxC.astype(jnp.promote_types(dtype, jnp.float32))
-    return jax.lax.fori_loop(start, jnp.maximum(steps, windows), body, carried).astype(dtype)
+    return jax.lax.fori_loop(start, jnp.maximum(T, windows), body, carried).astype(dtype)
