@@ -374,12 +374,12 @@ def _claim(config: PolicyRunConfig, table: optimum.Tables) -> None:
     fields = {
         k: v for k, v in dataclasses.asdict(config).items() if k not in ("folder", "batching", "episodes")
     }
-    fields |= {"kind": type(config.learner).__name__, "problem": _fingerprint(table)}
-    here = json.loads(json.dumps(fields, default=str))
+    fields |= {"kind": type(config.learner).__name__, "problem": _some_numbers(table)}
+    here = json.loads(json.dumps(fields))
     if path.exists():
         try:
-            there = json.loads(path.read_text())
-        except ValueError:
+            there = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):
             raise MegError(f"{path}: not valid JSON; mend it, or choose another --folder") from None
         if isinstance(there.get("kind"), dict):  # of a former version, which kept a hash of the problem
             there |= {"kind": there["kind"].get("learner"), "problem": here["problem"]}
@@ -391,7 +391,7 @@ def _claim(config: PolicyRunConfig, table: optimum.Tables) -> None:
     write_file(path, json.dumps(here, indent=2))
 
 
-def _fingerprint(table: optimum.Tables) -> list[float]:
+def _some_numbers(table: optimum.Tables) -> list[float]:
     """Rewards and costs of some actions: they say which problem it is, however it was given."""
     means_AxQ = np.concatenate([table.rewards_SxA[..., None], table.costs_SxAxM], axis=-1).mean(axis=0)
     some = np.linspace(0, len(means_AxQ) - 1, 16).astype(int)

@@ -172,11 +172,9 @@ def _panel(axes: Any, panel: Record, theme: Theme) -> None:
     crowded = max((len(curve["x"]) for curve in drawn), default=0) > 20
     for curve in panel["lines"]:
         own = colour(curve["series"], theme)
-        marker = (
-            "" if crowded and not curve.get("points") else MARKERS.get(curve["series"].split("/")[0], "o")
-        )
+        marker = MARKERS.get(curve["series"].split("/")[0], "o")
         style = "none" if curve.get("points") else (0, (5, 2)) if curve.get("dash") else "-"
-        if curve.get("dash"):
+        if curve.get("dash") or (crowded and not curve.get("points")):
             marker = ""
         if curve.get("points") and "low" in curve:
             ends = np.abs(np.asarray([curve["low"], curve["high"]]) - np.asarray(curve["y"]))
@@ -225,9 +223,8 @@ def _bars(bars: Record, theme: Theme) -> Figure:
     for place, total, row in zip(places, left, rows, strict=True):
         # Backwards from the last step's end: only what a centralised server decodes comes after it.
         ends = row["parts"]["es"] - row["after_s"] - row["step_s"] * np.arange(row["steps"])
-        axes.vlines(
-            ends[ends < row["parts"]["es"]], place - 0.31, place + 0.31, color=PAPER[theme], linewidth=0.7
-        )
+        ends = ends[ends < row["parts"]["es"]]
+        axes.vlines(ends, place - 0.31, place + 0.31, color=PAPER[theme], linewidth=0.7)
         axes.text(total + 0.01 * longest, place, f"{total:.2f}", va="center", fontsize=8.5)
     axes.set_yticks(places, [row["label"] for row in rows])
     axes.set_xlim(0, 1.1 * longest)
